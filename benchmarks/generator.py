@@ -1,0 +1,231 @@
+"""Speed of the synthesis network, by resolution and batch size, alone or against NVIDIA's code.
+
+    python benchmarks/generator.py                                     # every size, 15 runs
+    python benchmarks/generator.py --quick                             # under two minutes
+    python benchmarks/generator.py --resolutions 256 --reference ../stylegan2-ada-pytorch
+
+`--reference` is a local checkout of github.com/NVlabs/stylegan2-ada-pytorch, whose licence is its
+own. Both networks get the same random weights and the same ws, and run in turn, so that whatever
+else the machine does hits both. Wall time is what a user waits; CPU time (all threads of this
+process) is steadier on a shared machine. The last line printed is one JSON object.
+
+Shape letters: B batch, L layers of w+, D w dimension, R resolution.
+"""
+
+import importlib
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from generators.stylegan2 import GeneratorConfig, SynthesisNetwork
+
+console = Console()
+Sample = tuple[float, float]  # wall and CPU seconds of one run
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    resolutions: tuple[int, ...] = (64, 128, 256)  # output sides in pixels
+    batch_sizes: tuple[int, ...] = (1, 8)
+    channel_base: int = 16384  # channels at resolution r: min(channel_base // r, channel_max)
+    channel_max: int = 512
+    w_dim: int = 512
+    runs: int = 15  # timed runs of each network and setting, after one warm-up
+    quick: bool = False  # 5 runs, and 2 of a batch above 1
+    threads: int = 0  # of torch; 0 leaves torch's own choice
+    reference: Path | None = None  # checkout of NVlabs/stylegan2-ada-pytorch to compare with
+    output: Path | None = None  # also write the JSON there
+
+    def __post_init__(self) -> None:
+        if min(*self.resolutions, *self.batch_sizes, self.runs) < 1 or self.threads < 0:
+            raise ValueError(
+                "resolutions, batch sizes and runs must be at least 1, threads at least 0"
+            )
+        if self.reference and not (self.reference / "training" / "networks.py").is_file():
+            raise ValueError(
+                f"{self.reference} has no training/networks.py; "
+                "clone NVlabs/stylegan2-ada-pytorch there"
+            )
+
+    def runs_of(self, batch_size: int) -> int:
+        return min(self.runs, 5 if batch_size == 1 else 2) if self.quick else self.runs
+
+
+def our_synthesis(config: BenchmarkConfig, resolution: int) -> SynthesisNetwork:
+    """Random weights, with noise and biases that are not zero."""
+    torch.manual_seed(0)
+    shape = GeneratorConfig(
+        resolution,
+        w_dim=config.w_dim,
+        channel_base=config.channel_base,
+        channel_max=config.channel_max,
+    )
+    network = SynthesisNetwork(shape).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.endswith("noise_strength") or name.endswith("bias"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return network
+
+
+def reference_synthesis(
+    config: BenchmarkConfig, resolution: int, ours: SynthesisNetwork
+) -> nn.Module:
+    """NVIDIA's network of the same shape with the weights of `ours`; only its filters stay."""
+    folder = str(config.reference)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    networks = importlib.import_module("training.networks")
+    sizes = {"channel_base": config.channel_base, "channel_max": config.channel_max}
+    network = (
+        networks.SynthesisNetwork(config.w_dim, resolution, 3, **sizes).eval().requires_grad_(False)
+    )
+    filters = {k: v for k, v in network.state_dict().items() if k.endswith("resample_filter")}
+    network.load_state_dict(filters | ours.state_dict())
+    return network
+
+
+def timed(run: Callable[[], Tensor]) -> Sample:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def summary(samples: list[Sample], batch_size: int) -> dict[str, float]:
+    """Milliseconds of one run and images/s of the median run."""
+    wall, cpu = ([1000 * sample[i] for sample in samples] for i in (0, 1))
+    p95 = statistics.quantiles(wall, n=20, method="inclusive")[-1] if len(wall) > 1 else wall[0]
+    return {
+        "wall_ms_p50": round(statistics.median(wall), 2),
+        "wall_ms_p95": round(p95, 2),
+        "wall_ms_min": round(min(wall), 2),
+        "cpu_ms_p50": round(statistics.median(cpu), 2),
+        "cpu_ms_min": round(min(cpu), 2),
+        "images_per_second": round(1000 * batch_size / statistics.median(wall), 2),
+    }
+
+
+@torch.inference_mode()
+def measure(config: BenchmarkConfig, resolution: int, batch_size: int) -> dict[str, object]:
+    """One row: our numbers; with a reference, its numbers, the ratios (> 1: ours is faster) and
+    the parity."""
+    ours = our_synthesis(config, resolution)
+    ws = torch.randn(batch_size, 2 * len(ours.resolutions), config.w_dim)  # (B, L, D)
+    networks: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(ws, noise_mode="const")}
+    if config.reference:
+        theirs = reference_synthesis(config, resolution, ours)
+        networks["reference"] = lambda: theirs(ws, noise_mode="const")
+    images = {name: run() for name, run in networks.items()}  # the warm-up
+    samples: dict[str, list[Sample]] = {name: [] for name in networks}
+    for _ in range(config.runs_of(batch_size)):
+        for name, run in networks.items():
+            samples[name].append(timed(run))
+    stats = {name: summary(taken, batch_size) for name, taken in samples.items()}
+    row: dict[str, object] = {
+        "resolution": resolution,
+        "batch_size": batch_size,
+        "runs": config.runs_of(batch_size),
+    }
+    row |= stats
+    if config.reference:
+        for key in ("wall_ms_p50", "cpu_ms_p50", "wall_ms_min", "cpu_ms_min"):
+            row[f"ratio_{key}"] = round(stats["reference"][key] / stats["ours"][key], 2)
+        row["max_abs_difference"] = float((images["ours"] - images["reference"]).abs().max())
+        row["max_abs_value"] = float(images["reference"].abs().max())
+    return row
+
+
+def machine() -> dict[str, object]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+    }
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(
+        "network",
+        "R",
+        "B",
+        "wall p50 ms",
+        "wall p95 ms",
+        "CPU p50 ms",
+        "images/s",
+        "ratio wall / CPU",
+    )
+    for row in rows:
+        for name in ("ours", "reference"):
+            if name in row:
+                s = row[name]
+                values = [
+                    s[k] for k in ("wall_ms_p50", "wall_ms_p95", "cpu_ms_p50", "images_per_second")
+                ]
+                compared = name == "ours" and "reference" in row
+                ratio = (
+                    f"{row['ratio_wall_ms_p50']} / {row['ratio_cpu_ms_p50']}" if compared else ""
+                )
+                table.add_row(
+                    name, str(row["resolution"]), str(row["batch_size"]), *map(str, values), ratio
+                )
+    console.print(table)
+
+
+def main(config: BenchmarkConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    warnings.filterwarnings("ignore")  # the reference was written for torch 1.7
+    about = machine()
+    rows = [measure(config, r, b) for r in config.resolutions for b in config.batch_sizes]
+    show(rows)
+    command = shlex.join(["python", "benchmarks/generator.py", *sys.argv[1:]])
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    result: dict[str, object] = {
+        "benchmark": "generator",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+        "machine": about,
+    }
+    result |= {
+        "channel_base": config.channel_base,
+        "channel_max": config.channel_max,
+        "peak_memory_mb": peak,
+        "rows": rows,
+    }
+    if config.output:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(BenchmarkConfig, description=__doc__))
+    except ValueError as error:
+        console.print(f"[red]{error}[/red]")
+        sys.exit(2)

@@ -1,0 +1,151 @@
+"""The encoder: one look at a face gives its w+ latent. A timm backbone and a light attention head.
+
+    encoder = Encoder(EncoderConfig(resolution=64, num_ws=10, w_dim=256))
+    ws = encoder(images)      # (B, 3, 64, 64) in [-1, 1] -> (B, 10, 256)
+
+Shape letters: B batch, L layers of w+, D dimension of w, R resolution, C width of the head,
+T tokens, H and W height and width of a feature map.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from encoder.latents import from_offsets
+from generators.checkpoint import KINDS
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    backbone: str = "tf_efficientnet_lite0"  # any timm network with features_only
+    resolution: int = 64  # side R of the input in pixels
+    num_ws: int = 10  # L, the generator's num_ws
+    w_dim: int = 256  # D, the generator's w_dim
+    width: int = 192  # C, channels of the head
+    heads: int = 4
+    depth: int = 2  # cross-attention layers
+    most_tokens: int = 8  # a level's map is pooled to at most this many positions a side
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads) or self.width % 4:
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 and of twice the {self.heads} heads"
+            )
+        if min(self.resolution, self.num_ws, self.w_dim, self.depth, self.most_tokens) < 1:
+            raise ValueError("resolution, num_ws, w_dim, depth and most_tokens must be at least 1")
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, R, R) in [-1, 1] -> ws (B, L, D): w_avg plus offsets, a learned query each.
+
+    The backbone's batch norms keep their running statistics, so that a picture's latent does not
+    depend on its batch and training on n processes equals training on one. The buffer `w_avg` (D,)
+    is the generator's; whoever builds the encoder copies it there.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    w_avg: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        backbone: Any = timm.create_model(config.backbone, pretrained=False, features_only=True)
+        self.backbone = backbone
+        mean, std = (
+            torch.tensor(backbone.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")
+        )
+        # from [-1, 1] to the backbone's own range
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))
+        channels = backbone.feature_info.channels()
+        self.project = nn.ModuleList(nn.Linear(c, config.width) for c in channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
+        self.level = nn.Parameter(torch.randn(len(channels), config.width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.num_ws, config.width) * 0.02)
+        self.layers = nn.ModuleList(
+            CrossAttention(config.width, config.heads) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.to_offsets = nn.Parameter(
+            torch.randn(config.num_ws, config.width, config.w_dim) * 0.02 * config.width**-0.5
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        levels: Any = zip(self.backbone(x), self.project, self.norms, self.level, strict=True)
+        tokens = torch.cat(
+            [
+                project(norm(self._tokens(level))) + embedding + positions(level, self.config)
+                for level, project, norm, embedding in levels
+            ],
+            dim=1,
+        )  # (B, T, C)
+        q = self.queries.expand(len(images), -1, -1)  # (B, L, C)
+        for layer in self.layers:
+            q = layer(q, tokens)
+        offsets = torch.einsum("blc,lcd->bld", self.norm(q), self.to_offsets)  # (B, L, D)
+        return from_offsets(offsets.float(), self.w_avg.float())
+
+    def _tokens(self, level: Tensor) -> Tensor:
+        """(B, C', H, W) -> (B, T, C'), pooled to at most most_tokens a side."""
+        pooled = F.adaptive_avg_pool2d(level, pooled_size(level, self.config))
+        return rearrange(pooled, "b c h w -> b (h w) c")
+
+    def train(self, mode: bool = True) -> "Encoder":
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def pooled_size(level: Tensor, config: EncoderConfig) -> tuple[int, int]:
+    height, width = level.shape[-2:]
+    return min(height, config.most_tokens), min(width, config.most_tokens)
+
+
+def positions(level: Tensor, config: EncoderConfig) -> Tensor:
+    """Sine and cosine of each token's place, (T, C) (Vaswani et al. 2017, section 3.5)."""
+    height, width = pooled_size(level, config)
+    frequencies = 2.0 ** torch.linspace(0, 4, config.width // 4, device=level.device)
+    sides = [
+        (torch.arange(n, device=level.device) + 0.5)[:, None] / n * frequencies * torch.pi
+        for n in (height, width)
+    ]
+    rows, columns = (torch.cat([side.sin(), side.cos()], dim=1) for side in sides)  # (·, C / 2)
+    rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
+    return rearrange(torch.cat([rows, columns], dim=2), "h w c -> (h w) c").to(level.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Queries (B, L, C) look at tokens (B, T, C), then a perceptron; pre-norm, residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_kv, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        q = rearrange(self.q(self.norm_q(queries)), "b l (h c) -> b h l c", h=self.heads)
+        k, v = rearrange(
+            self.kv(self.norm_kv(tokens)), "b t (two h c) -> two b h t c", two=2, h=self.heads
+        )
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h l c -> b l (h c)")
+        queries = queries + self.out(attended)
+        return queries + self.mlp(self.norm_mlp(queries))
+
+
+KINDS["encoder"] = (EncoderConfig, Encoder)

@@ -1,0 +1,182 @@
+"""Everything that is done to whole blocks of a network, named by their resolution.
+
+    freeze_generator(generator, below=32)                # FreezeG: train b32, b64, … only
+    freeze_discriminator(discriminator, blocks=2)        # FreezeD: the two next to the image fixed
+    swapped = swap(face, anime, from_resolution=16)      # b4, b8 of face; b16, … of anime
+    blended = blend(face, anime, from_resolution=16, width=0.5)
+    reconstruction, drawn = SwappedSynthesis(face, anime, 16)(ws, both=True)
+
+Letters: B batch, L layers of w+, D w dimension, R resolution.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from generators.discriminator import Discriminator
+from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
+
+# --------------------------------------------------------------------------- freezing
+
+
+def freeze_generator(generator: Generator, below: int) -> list[str]:
+    """FreezeG: fine-tune only the blocks of resolution >= `below`, in place.
+
+    The mapping network, the constant and the earlier blocks stay fixed, so that the fine-tune
+    draws the same pose and layout for the same w as its source (Lee 2020, github.com/bryandlee/
+    FreezeG; Back 2021, arXiv:2106.05744). Returns the names of the trainable parameters.
+    """
+    _check_resolution(below, generator.config)
+    trainable = []
+    for name, parameter in generator.named_parameters():
+        free = _resolution(name) >= below and name != "synthesis.b4.const"
+        parameter.requires_grad_(free)
+        if free:
+            trainable.append(name)
+    return trainable
+
+
+def freeze_discriminator(discriminator: Discriminator, blocks: int) -> list[str]:
+    """FreezeD: keep the first `blocks` blocks from the image side fixed, in place.
+
+    Mo et al. 2020, "Freeze the Discriminator" (arXiv:2002.10964), section 3. The last block, b4,
+    is always trained. Returns the names of the trainable parameters.
+    """
+    resolutions = discriminator.resolutions  # [R, …, 8]
+    if not 0 <= blocks <= len(resolutions):
+        raise ValueError(f"blocks to freeze must be 0 to {len(resolutions)} here, not {blocks}.")
+    fixed = tuple(f"b{resolution}." for resolution in resolutions[:blocks])
+    trainable = []
+    for name, parameter in discriminator.named_parameters():
+        free = not name.startswith(fixed)
+        parameter.requires_grad_(free)
+        if free:
+            trainable.append(name)
+    return trainable
+
+
+# ------------------------------------------------------------------- swapping, blending
+
+
+def swap(face: Generator, anime: Generator, from_resolution: int) -> Generator:
+    """A new generator: mapping, w_avg and early blocks of `face`, blocks >= from_resolution of
+    `anime`. The two given stay as they are."""
+    _check_pair(face, anime, from_resolution)
+    return _mix(face, anime, lambda resolution: float(resolution >= from_resolution))
+
+
+def blend(face: Generator, anime: Generator, from_resolution: int, width: float) -> Generator:
+    """`swap` with a soft border: weights interpolated block by block.
+
+    The share of `anime` at resolution r is sigmoid((log2(r / from_resolution) + 1/2) / width), so
+    the middle of the transition lies between the last early and the first late block, and width 0
+    is `swap`. Pinkney & Adler 2020, "Resolution Dependent GAN Interpolation" (arXiv:2010.05334),
+    section 2. width: in doublings of the resolution, >= 0.
+    """
+    _check_pair(face, anime, from_resolution)
+    if not (0 <= width < math.inf):
+        raise ValueError(f"The width of a blend must be 0 or more doublings, not {width}.")
+    if width == 0:
+        return swap(face, anime, from_resolution)
+
+    def share(resolution: int) -> float:
+        distance = math.log2(resolution / from_resolution) + 0.5
+        return 0.5 * (1 + math.tanh(distance / width / 2))  # the sigmoid, without overflow
+
+    return _mix(face, anime, share)
+
+
+def _mix(face: Generator, anime: Generator, share: Callable[[int], float]) -> Generator:
+    """A copy of `face` whose block r has moved by share(r) in [0, 1] towards that of `anime`."""
+    result = copy.deepcopy(face)
+    target = anime.state_dict()
+    with torch.no_grad():
+        for name, tensor in result.state_dict().items():  # these share memory with `result`
+            resolution = _resolution(name)
+            weight = share(resolution) if resolution else 0.0
+            if weight == 1:
+                tensor.copy_(target[name])
+            elif weight > 0:
+                tensor.lerp_(target[name].to(tensor), weight)
+    return result
+
+
+class SwappedSynthesis(nn.Module):
+    """The synthesis of `swap(face, anime, from_resolution)`, and with `both` also that of `face`,
+    for the price of the late blocks: the early ones are computed once. The weights are shared
+    with the two generators, not copied."""
+
+    def __init__(self, face: Generator, anime: Generator, from_resolution: int) -> None:
+        super().__init__()
+        _check_pair(face, anime, from_resolution)
+        self.face = face.synthesis
+        self.anime = anime.synthesis
+        resolutions = face.config.block_resolutions
+        self.early = [r for r in resolutions if r < from_resolution]
+        self.late = [r for r in resolutions if r >= from_resolution]
+
+    @overload
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode = ..., both: Literal[False] = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode, both: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode = ..., *, both: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, ws: Tensor, noise_mode: NoiseMode = "const", both: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """ws (B, L, D) -> anime (B, 3, R, R), or with `both` (reconstruction, anime)."""
+        x = image = None
+        if self.early:
+            x, image = self.face.run_blocks(self.early, None, None, ws, noise_mode)
+        anime = self.anime.run_blocks(self.late, x, image, ws, noise_mode)[1]
+        if not both:
+            return anime
+        return self.face.run_blocks(self.late, x, image, ws, noise_mode)[1], anime
+
+
+# ----------------------------------------------------------------------------- checks
+
+
+def _resolution(name: str) -> int:
+    """The resolution in a canonical name: "synthesis.b64.conv0.weight" -> 64; mapping -> 0."""
+    match = re.match(r"synthesis\.b(\d+)\.", name)
+    return int(match[1]) if match else 0
+
+
+def _check_resolution(resolution: int, config: GeneratorConfig) -> None:
+    valid = config.block_resolutions
+    if resolution not in valid:
+        raise ValueError(
+            f"There is no block of resolution {resolution}; "
+            f"choose one of {', '.join(map(str, valid))}."
+        )
+
+
+def _check_pair(face: Generator, anime: Generator, from_resolution: int) -> None:
+    """Both must be of one architecture, however their configs spell the channels."""
+
+    def spelled_out(config: GeneratorConfig) -> dict:
+        widths = tuple(config.channels.values())
+        return asdict(replace(config, widths=widths, channel_base=1, channel_max=1))
+
+    ours, theirs = spelled_out(face.config), spelled_out(anime.config)
+    if ours != theirs:
+        differences = [f"{k} {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k]]
+        raise ValueError(
+            f"The two generators differ ({'; '.join(differences)}); "
+            "swap a generator with its own fine-tune."
+        )
+    _check_resolution(from_resolution, face.config)

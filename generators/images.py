@@ -1,0 +1,222 @@
+"""Pictures in and out: the only place where PIL and uint8 meet float tensors in [-1, 1].
+
+    photo = to_tensor(open_image("me.jpg"))                       # (3, H, W) in [-1, 1]
+    square = fit(open_image("me.jpg"), 64)                        # uint8 (3, R, R)
+    grid(to_float(torch.stack([square] * 4))).save("four.png")
+
+Data sets of them: `generators.data`. Letters: B batch, N pictures, H height, W width, R resolution.
+"""
+
+import errno
+import glob
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 178_000_000  # a larger picture is refused: it would take > 0.5 GB once decoded
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .ppm .pgm .pbm .pnm "
+    ".tga .jp2 .j2k .ico .heic .heif".split()
+)
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # not to the console, if unconfigured
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# ------------------------------------------------------------------------ one picture
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], rounded; values outside are clipped. Any shape."""
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture of any mode -> (3, H, W) in [-1, 1]."""
+    return to_float(_pixels(_to_rgb(image)))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] on any device -> an RGB picture; values outside are clipped."""
+    return Image.fromarray(rearrange(to_uint8(image).cpu(), "c h w -> h w c").numpy())
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Read a picture file, or the bytes of one, as an upright RGB picture on white ground.
+
+    EXIF orientation is applied, transparency is composited over white, 16-bit and float pictures
+    are scaled to 8 bits, and of an animation the first frame is taken.
+
+    Raises ValueError, one sentence with the file and the reason, when it is not a whole picture
+    or has more than MAX_PIXELS pixels.
+    """
+    with warnings.catch_warnings():  # not thread-safe, hence not inside `decode`
+        warnings.simplefilter("ignore")
+        return decode(source)
+
+
+def decode(source: str | Path | bytes, name: str = "") -> Image.Image:
+    """`open_image` without its silence, for threads: PIL may warn."""
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    try:
+        data = source if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
+        if not data:
+            raise OSError(errno.EIO, "the file is empty")
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            return _to_rgb(_upright(image))
+    except Image.DecompressionBombError:
+        reason = f"it has more than {MAX_PIXELS:,} pixels; make it smaller first"
+    except Image.UnidentifiedImageError:
+        reason = "it is not a picture in a known format; convert it to JPEG or PNG"
+    except FileNotFoundError:
+        reason = "there is no such file"
+    except IsADirectoryError:
+        reason = "it is a folder"
+    except Exception as error:  # PIL's decoders raise nearly every type on damaged data
+        text = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = getattr(error, "strerror", None) or f"it is damaged ({text})"
+    raise ValueError(f"Cannot read {name}: {reason}.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a damaged EXIF block is no reason to lose the picture."""
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # as above: nearly every type
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB: deep pictures scaled to 8 bits, transparency composited over white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_scale_to_8_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return white.convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> np.ndarray:
+    """Deep grey (I;16, I, F) -> uint8 (H, W). White is 65535, or 1 or 255 in a float picture that
+    stays below, or the brightest pixel of a picture that goes beyond."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    brightest = values.max()
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
+    white = next((white for white in whites if brightest <= white), brightest)
+    return (values / white * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """An RGB picture -> uint8 (3, H, W)."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w").contiguous()
+
+
+def fit(image: Image.Image, resolution: int) -> Tensor:
+    """An RGB picture -> its central square, resized with antialiasing, as uint8 (3, R, R)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return _pixels(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+# ---------------------------------------------------------------------- many pictures
+
+
+def resize(
+    images: Tensor, size: int | tuple[int, int], mode: Literal["bicubic", "area"] = "bicubic"
+) -> Tensor:
+    """(3, H, W) or (B, 3, H, W) -> the same with `size` = side or (H, W); antialiased.
+
+    "area" averages, and never overshoots; "bicubic" is sharper and may leave [-1, 1] a little.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == (height, width):
+        return images
+    batch = images if images.ndim == 4 else images[None]
+    antialias = mode == "bicubic"
+    batch = F.interpolate(batch, (height, width), mode=mode, antialias=antialias)
+    return batch if images.ndim == 4 else batch[0]
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """(N, 3, H, W) in [-1, 1] -> one picture, row by row; empty places are white.
+
+    columns: pictures per row; the default makes the grid about square.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"A grid needs pictures (N, 3, H, W), not {tuple(images.shape)}.")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    missing = -len(images) % columns
+    images = torch.cat([images.detach(), images.new_ones(missing, *images.shape[1:])])
+    return to_pil(rearrange(images, "(r k) c h w -> c (r h) (k w)", k=columns))
+
+
+def find_images(source: str | Path) -> list[tuple[Path, Path]]:
+    """The pictures of a file, a folder (with its sub-folders) or a glob (`**` too), sorted.
+
+    Returns [(file, its path relative to the folder or to the fixed part of the glob)], so that
+    results can be written under the same names. Folder and glob go by suffix: a damaged picture is
+    listed, and fails when opened; hidden files and folders are left out.
+
+    Raises ValueError when nothing is found.
+    """
+    return find_files(source, SUFFIXES, "picture")
+
+
+def find_files(source: str | Path, suffixes: frozenset[str], what: str) -> list[tuple[Path, Path]]:
+    """`find_images` for other suffixes; `what` names them in messages."""
+    path = Path(source).expanduser()
+    candidates: Iterable[Path]
+    if path.is_file():
+        return [(path, Path(path.name))]
+    if path.is_dir():
+        root, candidates = path, path.rglob("*")
+    elif glob.has_magic(str(path)):
+        depth = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+        root = Path(*path.parts[:depth])
+        candidates = map(Path, glob.iglob(str(path), recursive=True))
+    else:
+        raise ValueError(f"There is no file or folder {str(source)!r}; check the path.")
+    found = {file: file.relative_to(root) for file in candidates}
+    result = [
+        (file, relative)
+        for file, relative in found.items()
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in relative.parts)
+        and file.is_file()
+    ]
+    if not result:
+        raise ValueError(f"No {what} found in {str(source)!r}; give a {what}, a folder or a glob.")
+    return sorted(result, key=lambda pair: pair[1].as_posix())

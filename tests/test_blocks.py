@@ -1,0 +1,187 @@
+"""Freezing, swapping and blending of blocks, on known cases and to the bit.
+
+pytest tests/test_blocks.py
+"""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from generators.blocks import (
+    SwappedSynthesis,
+    blend,
+    freeze_discriminator,
+    freeze_generator,
+    swap,
+)
+
+RESOLUTIONS = (4, 8, 16)
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# --------------------------------------------------------------------------- freezing
+
+
+@pytest.mark.parametrize("below", RESOLUTIONS)
+def test_freeze_generator_trains_late_blocks_only(face, below):
+    trainable = freeze_generator(face, below)
+    late = tuple(f"synthesis.b{r}." for r in RESOLUTIONS if r >= below)
+    expected = {
+        name
+        for name, _ in face.named_parameters()
+        if name.startswith(late) and name != "synthesis.b4.const"
+    }
+    assert set(trainable) == expected
+    assert {n for n, p in face.named_parameters() if p.requires_grad} == expected
+
+
+def test_frozen_tensors_do_not_move_and_free_ones_do(face):
+    before = copy.deepcopy(face.state_dict())
+    trainable = freeze_generator(face, below=8)
+    optimiser = torch.optim.SGD([p for p in face.parameters() if p.requires_grad], lr=1.0)
+    face(torch.randn(2, face.z_dim)).square().mean().backward()
+    optimiser.step()
+    moved = {name for name, tensor in face.state_dict().items() if not tensor.equal(before[name])}
+    assert moved == set(trainable)
+
+
+def test_freezing_again_undoes_the_first(face):
+    freeze_generator(face, 16)
+    again = freeze_generator(face, 8)
+    assert any(name.startswith("synthesis.b8.") for name in again)
+
+
+@pytest.mark.parametrize("blocks, fixed", [(0, ()), (1, ("b16.",)), (2, ("b16.", "b8."))])
+def test_freeze_discriminator_starts_at_the_image(discriminator, blocks, fixed):
+    trainable = freeze_discriminator(discriminator, blocks)
+    assert "b4.out.weight" in trainable
+    for name, parameter in discriminator.named_parameters():
+        assert parameter.requires_grad == (name in trainable) == (not name.startswith(fixed or " "))
+
+
+def test_names_of_a_shared_prefix_are_told_apart(generator_from_seed, tiny_config):
+    wide = replace(tiny_config, resolution=128, widths=(2,) * 6)
+    trainable = freeze_generator(generator_from_seed(1, wide), below=64)
+    assert {name.split(".")[1] for name in trainable} == {"b64", "b128"}
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 12, 32, -8])
+def test_invalid_resolutions_list_the_valid_ones(face, anime, wrong):
+    for call in (
+        lambda: freeze_generator(face, wrong),
+        lambda: swap(face, anime, wrong),
+        lambda: blend(face, anime, wrong, 1.0),
+        lambda: SwappedSynthesis(face, anime, wrong),
+    ):
+        with pytest.raises(ValueError, match="choose one of 4, 8, 16"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_invalid_number_of_blocks(discriminator, wrong):
+    with pytest.raises(ValueError, match="0 to 2"):
+        freeze_discriminator(discriminator, wrong)
+
+
+# ------------------------------------------------------------------- swapping, blending
+
+
+@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
+def test_swap_takes_each_tensor_from_its_side(face, anime, from_resolution):
+    before = copy.deepcopy((face.state_dict(), anime.state_dict()))
+    late = tuple(f"synthesis.b{r}." for r in RESOLUTIONS if r >= from_resolution)
+    swapped = swap(face, anime, from_resolution).state_dict()
+    for name, tensor in swapped.items():
+        source = anime if name.startswith(late) else face
+        assert torch.equal(tensor, source.state_dict()[name]), name
+    for tensor in swapped.values():
+        tensor.zero_()  # a copy, not a view
+    assert same(face.state_dict(), before[0]) and same(anime.state_dict(), before[1])
+
+
+@pytest.mark.parametrize("width", [0.0, 1e-9])
+@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
+def test_a_blend_without_width_is_a_swap(face, anime, from_resolution, width):
+    blended = blend(face, anime, from_resolution, width)
+    assert same(blended.state_dict(), swap(face, anime, from_resolution).state_dict())
+
+
+def test_blend_has_the_stated_shares(face, anime):
+    blended = blend(face, anime, 8, width=0.7)
+    for resolution, doublings in ((4, -0.5), (8, 0.5), (16, 1.5)):
+        share = torch.sigmoid(torch.tensor(doublings / 0.7))
+        name = f"synthesis.b{resolution}.conv1.weight"
+        a, b = face.state_dict()[name], anime.state_dict()[name]
+        torch.testing.assert_close(blended.state_dict()[name], (1 - share) * a + share * b)
+    assert torch.equal(blended.w_avg, face.w_avg)
+    assert torch.equal(blended.mapping.fc0.weight, face.mapping.fc0.weight)
+
+
+def test_identical_generators_give_themselves(face):
+    twin = copy.deepcopy(face)
+    assert same(swap(face, twin, 8).state_dict(), face.state_dict())
+    assert same(blend(face, twin, 8, 0.9).state_dict(), face.state_dict())
+
+
+@pytest.mark.parametrize("width", [-0.1, float("nan"), float("inf")])
+def test_blend_refuses_a_senseless_width(face, anime, width):
+    with pytest.raises(ValueError, match="0 or more doublings"):
+        blend(face, anime, 8, width)
+
+
+@pytest.mark.parametrize("change", [{"widths": (8, 6, 2)}, {"conv_clamp": 256.0}, {"z_dim": 4}])
+def test_pairs_of_different_architecture_are_refused(
+    face, generator_from_seed, tiny_config, change
+):
+    other = generator_from_seed(2, replace(tiny_config, **change))
+    for function in (swap, SwappedSynthesis):
+        with pytest.raises(ValueError, match=f"differ .*{next(iter(change))}"):
+            function(face, other, 8)
+
+
+def test_the_spelling_of_the_channels_does_not_matter(generator_from_seed, tiny_config):
+    by_rule = replace(tiny_config, widths=(), channel_base=32, channel_max=6)
+    by_hand = replace(tiny_config, widths=(6, 4, 2))
+    swap(generator_from_seed(1, by_rule), generator_from_seed(2, by_hand), 8)
+
+
+# ---------------------------------------------------------------------- one synthesis
+
+
+@pytest.mark.parametrize("noise_mode", ["const", "none"])
+@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
+def test_swapped_synthesis_equals_swap_to_the_bit(face, anime, ws, from_resolution, noise_mode):
+    synthesis = SwappedSynthesis(face, anime, from_resolution)
+    reconstruction, drawn = synthesis(ws, noise_mode, both=True)
+    assert drawn.shape == (3, 3, 16, 16)
+    assert torch.equal(drawn, swap(face, anime, from_resolution).synthesis(ws, noise_mode))
+    assert torch.equal(reconstruction, face.synthesis(ws, noise_mode))
+    assert torch.equal(drawn, synthesis(ws, noise_mode))
+    assert not torch.equal(drawn, reconstruction)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_shared_trunk_is_computed_once(face, anime, ws, both):
+    synthesis = SwappedSynthesis(face, anime, 16)
+    calls: Counter[str] = Counter()
+    for side in ("face", "anime"):
+        for name, block in getattr(synthesis, side).named_children():
+            block.register_forward_hook(lambda *_, key=f"{side}.{name}": calls.update([key]))
+    synthesis(ws, both=both)
+    expected = {"face.b4": 1, "face.b8": 1, "anime.b16": 1}
+    assert calls == (expected | {"face.b16": 1} if both else expected)
+
+
+def test_gradients_reach_ws_from_both_images(face, anime, ws):
+    ws.requires_grad_()
+    reconstruction, drawn = SwappedSynthesis(face, anime, 8)(ws, both=True)
+    (from_drawn,) = torch.autograd.grad(drawn.sum(), ws, retain_graph=True)
+    (from_both,) = torch.autograd.grad((reconstruction + drawn).sum(), ws)
+    (alone,) = torch.autograd.grad(face.synthesis(ws).sum(), ws)
+    torch.testing.assert_close(from_both, from_drawn + alone, rtol=1e-4, atol=1e-5)
