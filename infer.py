@@ -2,6 +2,7 @@
 
     python infer.py --input photos/ --output out/
     python infer.py --input me.jpg --output out/ --save anime,grid,latents --refine-steps 50
+    python infer.py --input me.jpg --output out/ --size 256       # enlarged by super-resolution
     accelerate launch infer.py --input photos/ --output out/      # each process takes its share
 
 Writes OUT/sub/name.png for photos/sub/name.jpg, and OUT/manifest.jsonl with one line per picture.
@@ -34,8 +35,10 @@ from rich.progress import (
 
 from encoder.align import Aligner
 from encoder.pipeline import FilesConfig, Item, Translator, translate
+from generators import checkpoint
 from generators.images import find_images
 from generators.runs import write_atomically
+from generators.superres import SuperResolution
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What the name of a result may add to its stem:
@@ -48,6 +51,7 @@ class InferConfig(FilesConfig):
     face_generator: str = "face64"  # bundled name or .safetensors file
     anime_generator: str = "anime64"  # a fine-tune of the face generator
     encoder: str = "encoder64"  # trained for the face generator
+    superres: str = "superres64"  # enlarges to a --size above the generator's own; or: bicubic
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     truncation: float = 1.0  # below 1: closer to the average face
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
@@ -128,7 +132,22 @@ def load(config: InferConfig, device: torch.device) -> Translator:
         aligner=Aligner("cpu" if device.type == "mps" else device) if config.align else None,
         truncation=config.truncation,
         refine_steps=config.refine_steps,
+        superres=load_superres(config),
     )
+
+
+def load_superres(config: InferConfig) -> SuperResolution | None:
+    """None where no --size is given, or where it is to be reached by bicubic."""
+    if config.size is None or config.superres == "bicubic":
+        return None
+    bundled = checkpoint.BUNDLED.get(config.superres)
+    if bundled is not None and not bundled.is_file():
+        raise ValueError(
+            f"The weights {config.superres} are not here ({bundled}); enlarge with --superres "
+            "bicubic, or train a network with python -m generators.train --architecture superres "
+            "and give its file with --superres."
+        )
+    return checkpoint.load(checkpoint.resolve(config.superres), "superres")
 
 
 def pick_device(name: str, state: PartialState) -> torch.device:

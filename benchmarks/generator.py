@@ -13,11 +13,7 @@ Shape letters: B batch, L layers of w+, D w dimension, R resolution.
 """
 
 import importlib
-import json
-import os
-import platform
 import resource
-import shlex
 import statistics
 import sys
 import time
@@ -28,6 +24,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from report import about, finish
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -151,23 +148,6 @@ def measure(config: BenchmarkConfig, resolution: int, batch_size: int) -> dict[s
     return row
 
 
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-    }
-
-
 def show(rows: list[dict]) -> None:
     table = Table(
         "network",
@@ -200,27 +180,17 @@ def main(config: BenchmarkConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     warnings.filterwarnings("ignore")  # the reference was written for torch 1.7
-    about = machine()
+    result = about("generator", sys.argv[1:])
     rows = [measure(config, r, b) for r in config.resolutions for b in config.batch_sizes]
     show(rows)
-    command = shlex.join(["python", "benchmarks/generator.py", *sys.argv[1:]])
     peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    result: dict[str, object] = {
-        "benchmark": "generator",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": command,
-        "machine": about,
-    }
     result |= {
         "channel_base": config.channel_base,
         "channel_max": config.channel_max,
         "peak_memory_mb": peak,
         "rows": rows,
     }
-    if config.output:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, config.output)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ steps.
 Shape letters: B batch, L layers of w+, D dimension of w, R resolution.
 """
 
-import json
-import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import tyro
+from report import about, finish
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,13 +52,6 @@ class Config:
     output: Path | None = None  # JSON with the figures and the command
     picture: Path | None = None  # input x method grid
     quick: bool = False
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def methods(config: Config, generator: Generator, encoder: Encoder) -> dict[str, Callable]:
@@ -122,23 +115,8 @@ def main() -> None:
     for name, row in results.items():
         table.add_row(name, *(f"{value:.4g}" for value in row.values()))
     console.print(table)
-    paths = ("data", "lpips_weights", "output", "picture", "face_generator", "encoder")
-    shown = {key: Path(value).name if key in paths and value is not None else value
-             for key, value in asdict(config).items()}  # fmt: skip
-    report = {
-        "command": "python benchmarks/inversion.py",
-        "config": shown,
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-        "results": results,
-    }
-    if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    finish(about("inversion", sys.argv[1:]) | {"images": config.images, "results": results},
+           config.output)  # fmt: skip
 
 
 if __name__ == "__main__":

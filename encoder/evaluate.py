@@ -1,11 +1,10 @@
-"""Held-out quality of reconstructions: per-picture metrics, and distances between sets of pictures.
+"""Held-out quality of reconstructions: the mean of per-picture metrics.
 
     metrics = image_metrics(lpips_weights=Path("alex.safetensors"))
     evaluate(images, lambda x: generator.synthesis(encoder(x)), metrics)   # {"mse": ..., ...}
-    real, made = (pooled_features(pyramid, x) for x in (real_images, made_images))
-    frechet_distance(real, made), kernel_distance(real, made)
 
-Shape letters: B batch, N M pictures, R resolution, F features.
+Distances between sets of pictures: `generators.distances`. Letters: B batch, N pictures,
+R resolution.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.losses import Lpips, LpipsNet, ms_ssim, mse
+from generators.distances import batches
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) in [-1, 1] -> (B,)
 
@@ -63,88 +63,3 @@ def evaluate(
     if count == 0:
         raise ValueError("there is no picture to evaluate; give at least one")
     return {name: float(value) / count for name, value in sums.items()}
-
-
-@torch.no_grad()
-def pooled_features(
-    pyramid: nn.Module,  # FeaturePyramid, or any (B, 3, R, R) -> [(B, C, H, W)]
-    images: Tensor | Iterable[Tensor],  # (N, 3, R, R) in [-1, 1], or batches (B, 3, R, R)
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """(N, F) on the CPU: each level averaged over positions, all levels side by side."""
-    rows = []
-    for batch in batches(images, batch_size):
-        maps = pyramid(batch if device is None else batch.to(device))
-        rows.append(torch.cat([level.float().mean(dim=(2, 3)) for level in maps], dim=1).cpu())
-    if not rows:
-        raise ValueError("there is no picture to take features of; give at least one")
-    return torch.cat(rows)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to features (N, F) and (M, F).
-
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), Heusel et al. 2017 (arXiv:1706.08500), eq. 6.
-    Not comparable with published FIDs, whose features are Inception's. Biased for N, M below a
-    few times F; compare at equal N only.
-    """
-    a, b = _features(a), _features(b)
-    covariance_a, covariance_b = a.T.cov(), b.T.cov()  # (F, F)
-    # tr (A B)^(1/2) = sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp(min=0).sqrt().sum()
-    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    return float(means + covariance_a.trace() + covariance_b.trace() - 2 * cross)
-
-
-def kernel_distance(
-    a: Tensor,  # (N, F)
-    b: Tensor,  # (M, F)
-    subsets: int = 100,
-    subset_size: int = 1000,  # at most the smaller of N and M
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Mean and standard deviation over subsets of the unbiased squared MMD, kernel (x y / F + 1)^3.
-
-    Binkowski et al. 2018 (arXiv:1801.01401), sec. 4. Unbiased: around 0 for equal distributions,
-    also negative.
-    """
-    a, b = _features(a), _features(b)
-    size = min(subset_size, len(a), len(b))
-    random = torch.Generator().manual_seed(seed)
-    values = torch.stack(
-        [
-            squared_mmd(
-                a[torch.randperm(len(a), generator=random)[:size]],
-                b[torch.randperm(len(b), generator=random)[:size]],
-            )
-            for _ in range(subsets)
-        ]
-    )
-    return float(values.mean()), float(values.std(correction=0))
-
-
-def squared_mmd(a: Tensor, b: Tensor) -> Tensor:
-    """(N, F), (N, F) -> (): the unbiased estimate of Gretton et al. 2012, eq. 3."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3  # (N, N)
-
-    n = len(a)
-    within = kernel(a, a).fill_diagonal_(0).sum() + kernel(b, b).fill_diagonal_(0).sum()
-    return within / (n * (n - 1)) - 2 * kernel(a, b).mean()
-
-
-def batches(images: Tensor | Iterable[Tensor], batch_size: int) -> Iterable[Tensor]:
-    """One tensor (N, 3, R, R) in pieces, the last one maybe short; batches as they are."""
-    return images.split(batch_size) if isinstance(images, Tensor) and len(images) else images
-
-
-def _features(x: Tensor) -> Tensor:
-    if x.ndim != 2 or len(x) < 2:
-        raise ValueError(
-            f"distances need features (N, F) of at least two pictures, not {tuple(x.shape)}"
-        )
-    return x.double().cpu()

@@ -3,6 +3,7 @@
     translator = Translator.bundled(device="cuda", dtype=torch.float16)
     crops = [translator.crop(picture, face) for face in translator.faces(picture)]
     result = translator(crops, reconstruction=True)       # aligned, ws, reconstruction, anime
+    large = translator.enlarge(result.anime, 256)         # (B, 3, 256, 256)
 
 Shape letters: B batch, L layers of w+, D dimension of w, R the generators' resolution, S side of a
 crop.
@@ -16,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from generators.checkpoint import load, resolve
 from generators.images import fit, grid, open_image, resize, to_float
 from generators.runs import frozen, write_atomically
 from generators.stylegan2 import Generator
+from generators.superres import SuperResolution, upscale
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Translator:
         aligner: Aligner | None = None,  # None: crops only, `faces` is refused
         truncation: float = 1.0,  # 1: the latent as found, 0: the average face
         refine_steps: int = 0,  # of latent optimisation, after the encoder
+        superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
     ) -> None:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -86,6 +89,9 @@ class Translator:
         if dtype != torch.float32:
             swapped = copy.deepcopy(swapped).to(dtype)  # the given networks keep their precision
         self.synthesis: SwappedSynthesis = self._placed(swapped)
+        if superres is not None and dtype != torch.float32:
+            superres = copy.deepcopy(superres).to(dtype)
+        self.superres: SuperResolution | None = superres and self._placed(superres)
         self.losses = LossSet({"mse": 1.0})
 
     @classmethod
@@ -102,8 +108,10 @@ class Translator:
 
     @classmethod
     def bundled(cls, **options: Any) -> Translator:
-        """The models that come with the project, and an aligner unless one is given."""
+        """The models that come with the project, and an aligner unless one is given; `superres`
+        enlarges."""
         options.setdefault("aligner", Aligner(device=options.get("device", "cpu")))
+        options.setdefault("superres", load(resolve("superres64"), "superres"))
         return cls.load("face64", "anime64", "encoder64", **options)
 
     # ------------------------------------------------------------------ pictures to crops
@@ -166,6 +174,13 @@ class Translator:
         reconstructed, anime = self.synthesis(ws, both=True)
         return anime.float().clamp(-1, 1), reconstructed.float().clamp(-1, 1)
 
+    @torch.inference_mode()
+    def enlarge(self, images: Tensor, size: int) -> Tensor:
+        """(B, 3, R, R) in [-1, 1] -> (B, 3, size, size), the same; bicubic without `superres`."""
+        if self.superres is None:
+            return resize(images, size).clamp(-1, 1)
+        return upscale(self.superres, images.to(self.device), size).to(images.device).clamp(-1, 1)
+
     def _placed(self, module: Any) -> Any:
         """Frozen, on the device, convolutions' weights channels last."""
         return frozen(module).to(self.device, memory_format=torch.channels_last)
@@ -182,7 +197,7 @@ class FilesConfig:
     input: str  # a picture, a folder (with its sub-folders) or a quoted glob
     output: Path  # folder, made if need be
     save: str = "anime"  # comma list of anime, aligned, reconstruction, latents, grid
-    size: int = 256  # side of the written pictures in pixels
+    size: int | None = None  # side of the written pictures in pixels; None: the generator's own
     faces: Literal["largest", "all"] = "largest"  # of each picture
     batch_size: int = 8  # faces per pass
     overwrite: bool = False  # replace results that exist
@@ -192,7 +207,7 @@ class FilesConfig:
             raise ValueError(
                 f"--save does not know {', '.join(unknown)}; choose from {', '.join(ARTEFACTS)}."
             )
-        if self.batch_size < 1 or not 1 <= self.size <= 8192:
+        if self.batch_size < 1 or not (self.size is None or 1 <= self.size <= 8192):
             raise ValueError("--batch-size must be at least 1, and --size from 1 to 8192.")
 
     @property
@@ -286,27 +301,42 @@ def translate(
         for i, (item, number, _) in enumerate(batch):
             for name, seconds in times.items():
                 item.timings[name] = item.timings.get(name, 0.0) + 1e3 * seconds / len(batch)
+            start = time.perf_counter()
             try:
-                write(item, number, {name: value[i] for name, value in results.items()}, config)
+                result = {name: value[i] for name, value in results.items()}
+                write(item, number, result, translator, config)
             except (ValueError, OSError, SafetensorError) as error:
                 reason = getattr(error, "strerror", None) or error
                 item.reason = f"Cannot write the result of {item.path}: {reason}."
+            seconds = time.perf_counter() - start
+            item.timings["write"] = item.timings.get("write", 0.0) + 1e3 * seconds
             item.todo -= 1
             if item.todo == 0:
                 done(item)
 
 
-def write(item: Item, number: int, result: dict[str, Tensor], config: FilesConfig) -> None:
-    """One face: pictures (3, R, R) in [-1, 1] and "latents" (L, D); each file whole or not."""
+def write(
+    item: Item, number: int, result: dict[str, Tensor], translator: Translator, config: FilesConfig
+) -> None:
+    """One face: pictures (3, R, R) in [-1, 1], here brought to the wanted size, and "latents"
+    (L, D); each file whole or not."""
     if not result["anime"].isfinite().all():
         raise ValueError("it is not finite; try --dtype fp32")
+    size = config.size or translator.resolution
+
+    @cache
+    def picture(part: str) -> Tensor:
+        if part == "aligned":  # the photo as the encoder saw it: nothing is added
+            return resize(result[part], size)
+        return translator.enlarge(result[part][None], size)[0]
+
     for name, file in item.files(config, number).items():
         file.parent.mkdir(parents=True, exist_ok=True)
         if name == "latents":
             write_atomically(file, partial(save_file, {"ws": result[name].contiguous()}))
         else:
             shown = ("aligned", "reconstruction", "anime") if name == "grid" else (name,)
-            strip = torch.stack([resize(result[part], config.size) for part in shown])
+            strip = torch.stack([picture(part) for part in shown])
             write_atomically(file, partial(grid(strip, len(shown)).save, format="PNG"))
         item.outputs.append(file.relative_to(config.output).as_posix())
 

@@ -19,9 +19,16 @@ from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
 from generators.adversarial import discriminator_loss, r1_penalty
 from generators.data import Pictures
-from generators.discriminator import Discriminator
 from generators.features import load_backbone
-from generators.runs import LossMeter, average_gradients, frozen, step_generator, update_ema
+from generators.projected import learning_part
+from generators.runs import (
+    LossMeter,
+    average_gradients,
+    frozen,
+    seed_of,
+    step_generator,
+    update_ema,
+)
 from generators.stylegan2 import Generator
 
 R1_INTERVAL = 16  # steps between R1 penalties of the critic (Karras et al. 2020, appendix B)
@@ -120,7 +127,7 @@ class EncoderTrainConfig:
 
 def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
     """The encoder at step 0, the same in every process, around the generator's w_avg."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed_of(config.seed, "weights"))
     shape = EncoderConfig(
         config.backbone,
         generator.resolution,
@@ -155,14 +162,13 @@ class Players:
                 self.encoder.parameters(), config.lr, (0.9, 0.99), weight_decay=0.01
             )
         }
-        self.critic: Discriminator | None = None
+        self.critic: nn.Module | None = None
         if config.discriminator is not None:
-            critic = checkpoint.load(Path(config.discriminator), "discriminator")
-            self.critic = frozen(critic).to(device)
+            self.critic = frozen(load_critic(Path(config.discriminator))).to(device)
             if config.loss.adversarial:
                 self.modules["critic"] = self.critic
                 self.optimisers["critic"] = torch.optim.Adam(
-                    self.critic.parameters(), config.discriminator_lr, (0.0, 0.99)
+                    learning_part(self.critic).parameters(), config.discriminator_lr, (0.0, 0.99)
                 )
         self.prepared = {name: accelerator.prepare(o) for name, o in self.optimisers.items()}
         self.losses = LossSet(
@@ -237,7 +243,8 @@ class Players:
         """The critic's gradients on real pictures against reconstructions, with lazy R1."""
         critic = self.critic
         assert critic is not None
-        critic.requires_grad_(True)  # only here: the encoder's loss leaves nothing in the critic
+        learning = learning_part(critic)
+        learning.requires_grad_(True)  # only here: the encoder's loss leaves nothing in the critic
         with self.accelerator.autocast():
             loss = discriminator_loss(critic(real), critic(fake)).mean()
         logs, total = {"critic": loss}, loss
@@ -246,7 +253,7 @@ class Players:
             logs["r1"] = r1_penalty(critic(pictures), pictures).mean()
             total = total + self.config.r1_gamma * R1_INTERVAL * logs["r1"]
         self.accelerator.backward(total / self.config.accumulation)
-        critic.requires_grad_(False)
+        learning.requires_grad_(False)
         return logs
 
     def update(self, name: str, max_norm: float | None) -> None:
@@ -257,6 +264,12 @@ class Players:
             self.accelerator.clip_grad_norm_(module.parameters(), max_norm)
         optimiser.step()
         optimiser.zero_grad()
+
+
+def load_critic(path: Path) -> nn.Module:
+    """A residual or a projected discriminator."""
+    kind = checkpoint.read_metadata(path)["kind"]
+    return checkpoint.load(path, kind if kind == "projected" else "discriminator")
 
 
 def batch_of_reals(config: EncoderTrainConfig) -> int:

@@ -1,7 +1,9 @@
-"""Adversarial losses, and the augmentation that keeps a discriminator honest on little data.
+"""Adversarial losses and the penalties of their networks.
 
-Shape letters: B batch, H W pixels.
+Shape letters: B batch, N logits of one picture, H W pixels, L layers of w+, D w dimension.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,53 +11,58 @@ from torch import Tensor
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss -log D(fake), (B, 1) -> (B,) (Goodfellow et al. 2014, section 3)."""
-    return F.softplus(-fake_logits).flatten()
+    """Non-saturating loss -log D(fake), (B, N) -> (B,) (Goodfellow et al. 2014, section 3)."""
+    return F.softplus(-fake_logits).mean(dim=1)
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Logistic loss -log D(real) - log(1 - D(fake)), (B, 1), (B, 1) -> (B,)."""
-    return (F.softplus(-real_logits) + F.softplus(fake_logits)).flatten()
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Logistic loss -log D(real) - log(1 - D(fake)), (B, N), (B, N) -> (B,).
+
+    smoothing: the target of real pictures is 1 - smoothing, that of fakes stays 0 (one-sided label
+    smoothing: Salimans et al. 2016, arXiv:1606.03498, section 3.4), 0.1 for example.
+    """
+    real = F.softplus(-real_logits) + smoothing * real_logits
+    return (real + F.softplus(fake_logits)).mean(dim=1)
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-D(fake), (B, N) -> (B,) (Lim & Ye 2017, arXiv:1705.02894; Miyato et al. 2018,
+    arXiv:1802.05957, eq. 17)."""
+    return -fake_logits.mean(dim=1)
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(fake)), (B, N), (B, N) -> (B,) (Miyato et al. 2018,
+    eq. 16)."""
+    return (F.relu(1 - real_logits) + F.relu(1 + fake_logits)).mean(dim=1)
 
 
 def r1_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
     """Half the squared gradient norm of D at real images, (B,) (Mescheder et al. 2018, eq. 9,
-    without gamma).
+    without gamma). Of several logits (B, N) it is their mean's, as the losses are means.
 
     Lazy R1 (Karras et al. 2020, appendix B): apply it every k-th step, times k.
     """
-    (gradient,) = torch.autograd.grad(real_logits.sum(), real_images, create_graph=True)
+    (gradient,) = torch.autograd.grad(real_logits.mean(dim=1).sum(), real_images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)) / 2
 
 
-def diff_augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """DiffAugment (Zhao et al. 2020, policy colour, translation 1/8, cutout 1/2), with its own draw
-    per picture."""
-    batch, _, height, width = images.shape
+def path_length(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
+    """How far a picture moves with its latent: |J^T y| for y = noise / sqrt(H W), (B,), of which
+    gradients can be taken again (Karras et al. 2020, arXiv:1912.04958, section 3.2).
 
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=rng, device=rng.device).to(images.device)
+    images (B, 3, H, W), made from ws (B, L, D); noise (B, 3, H, W), standard normal. Over layers
+    it is the root mean square of the norms over D, as in NVIDIA's code.
+    """
+    y = noise / math.sqrt(noise.shape[-2] * noise.shape[-1])
+    (gradient,) = torch.autograd.grad((images * y).sum(), ws, create_graph=True)  # (B, L, D)
+    return gradient.square().sum(dim=2).mean(dim=1).sqrt()
 
-    brightness, saturation, contrast = (draw(batch, 1, 1, 1) for _ in range(3))
-    x = images + (brightness - 0.5)
-    grey = x.mean(dim=1, keepdim=True)
-    x = grey + (x - grey) * (saturation * 2)
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * (contrast + 0.5)
 
-    shift = (draw(2, batch) * 2 - 1) / 8  # fraction of the side
-    rows = torch.arange(height, device=x.device) + (shift[0, :, None] * height).round()  # (B, H)
-    columns = torch.arange(width, device=x.device) + (shift[1, :, None] * width).round()  # (B, W)
-    rows, columns = rows[:, :, None], columns[:, None, :]
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    index = rows.clamp(0, height - 1).long(), columns.clamp(0, width - 1).long()
-    picture = torch.arange(batch, device=x.device)[:, None, None]
-    moved = x.permute(0, 2, 3, 1)[picture, index[0], index[1]]  # (B, H, W, 3)
-    x = moved.permute(0, 3, 1, 2) * inside[:, None]
+def path_length_penalty(lengths: Tensor, mean_length: Tensor) -> Tensor:
+    """(length - a)², (B,) -> (B,) (Karras et al. 2020, eq. 4).
 
-    centre = draw(2, batch)
-    away_y = torch.arange(height, device=x.device) - centre[0, :, None] * height
-    away_x = torch.arange(width, device=x.device) - centre[1, :, None] * width
-    far_rows, far_columns = away_y.abs() > height / 4, away_x.abs() > width / 4
-    kept = far_rows[:, :, None] | far_columns[:, None, :]
-    return x * kept[:, None]
+    mean_length: a, (), a running mean of the lengths without a gradient, kept by the caller (in
+    NVIDIA's code it goes 0.01 of the way at each penalty, which has a weight of 2).
+    """
+    return (lengths - mean_length).square()

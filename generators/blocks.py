@@ -1,25 +1,35 @@
 """Everything that is done to whole blocks of a network, named by their resolution.
 
+    python -m generators.blocks face64 anime64 --grid out.png      # swap n = 1, 2, … last blocks
+
     freeze_generator(generator, below=32)                # FreezeG: train b32, b64, … only
     freeze_discriminator(discriminator, blocks=2)        # FreezeD: the two next to the image fixed
     swapped = swap(face, anime, from_resolution=16)      # b4, b8 of face; b16, … of anime
     blended = blend(face, anime, from_resolution=16, width=0.5)
     reconstruction, drawn = SwappedSynthesis(face, anime, 16)(ws, both=True)
 
-Letters: B batch, L layers of w+, D w dimension, R resolution.
+Letters: B batch, L layers of w+, D w dimension, R resolution, K number of blocks.
 """
 
 import copy
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, overload
 
 import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
 from torch import Tensor, nn
 
+from generators import checkpoint
 from generators.discriminator import Discriminator
+from generators.features import read_state
+from generators.images import grid, resize
+from generators.runs import write_atomically
 from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
 
 # --------------------------------------------------------------------------- freezing
@@ -180,3 +190,99 @@ def _check_pair(face: Generator, anime: Generator, from_resolution: int) -> None
             "swap a generator with its own fine-tune."
         )
     _check_resolution(from_resolution, face.config)
+
+
+# ------------------------------------------------------------------------------- grids
+
+Mode = Literal["swap", "blend"]
+
+
+@torch.no_grad()
+def swap_grid(
+    face: Generator,
+    anime: Generator,
+    ws: Tensor,  # (B, L, D)
+    mode: Mode = "swap",
+    width: float = 0.5,  # of a blend, in doublings of the resolution
+) -> Tensor:
+    """(B, 1 + K, 3, R, R) in [-1, 1]: the face generator's own picture, then that with the last
+    n = 1, 2, … K blocks of `anime`, constant noise."""
+    width = width if mode == "blend" else 0.0
+    columns = [face.synthesis(ws)]
+    for resolution in face.config.block_resolutions[::-1]:
+        columns.append(blend(face, anime, resolution, width).synthesis(ws))
+    return torch.stack(columns, dim=1).clamp(-1, 1)
+
+
+def labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """The picture with a line of text above each of len(labels) columns of equal width."""
+    width = picture.width / len(labels)
+    size = max(8.0, min(16.0, width / 5))
+    result = Image.new("RGB", (picture.width, picture.height + round(1.6 * size)), "white")
+    result.paste(picture, (0, result.height - picture.height))
+    font, draw = ImageFont.load_default(size), ImageDraw.Draw(result)
+    for i, label in enumerate(labels):
+        draw.text(((i + 0.5) * width, 0.8 * size), label, "black", font, anchor="mm")
+    return result
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    face: Annotated[str, tyro.conf.Positional]  # a .safetensors file or a bundled name
+    anime: Annotated[str, tyro.conf.Positional]  # its fine-tune
+    grid: Path  # the picture to write: rows are faces, columns the number of swapped blocks
+    mode: Mode = "swap"
+    width: float = 0.5  # of a blend, in doublings of the resolution
+    latents: Path | None = None  # .safetensors with `ws`, (L, D) or (N, L, D); None: drawn
+    faces: int = 8  # rows, at most
+    seed: int = 0  # of the draw
+    truncation: float = 0.7  # of the draw; 1 is none
+    size: int = 128  # side of each picture in pixels
+
+
+def read_ws(path: Path, face: Generator) -> Tensor:
+    """(N, L, D) from a file of `infer.py --save latents`, or of several such."""
+    ws = read_state(path).get("ws")
+    shape = (face.num_ws, face.w_dim)
+    if ws is None or ws.ndim not in (2, 3) or ws.shape[-2:] != shape or ws.numel() == 0:
+        found = "none" if ws is None else f"one of shape {tuple(ws.shape)}"
+        raise ValueError(
+            f"{path} needs a tensor `ws` of shape (N, {shape[0]}, {shape[1]}), and has {found}; "
+            "give latents that were found with this face generator"
+        )
+    return ws.float().reshape(-1, *shape)
+
+
+def write_grid(config: GridConfig) -> None:
+    if config.faces < 1 or config.size < 1:
+        raise ValueError("--faces and --size must be at least 1")
+    face, anime = (
+        checkpoint.load(checkpoint.resolve(name), "generator")
+        for name in (config.face, config.anime)
+    )
+    if config.latents is None:
+        rng = torch.Generator().manual_seed(config.seed)
+        z = torch.randn(config.faces, face.z_dim, generator=rng)
+        ws = face.map(z, config.truncation)
+    else:
+        ws = read_ws(config.latents, face)[: config.faces]
+    pictures = swap_grid(face, anime, ws, config.mode, config.width)
+    labels = [
+        "face",
+        *(f"n = {n}, {r}²" for n, r in enumerate(face.config.block_resolutions[::-1], 1)),
+    ]
+    sheet = grid(resize(pictures.flatten(0, 1), config.size), columns=len(labels))
+    config.grid.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.grid, lambda p: labelled(sheet, labels).save(p, format="PNG"))
+
+
+def main() -> None:
+    try:
+        write_grid(tyro.cli(GridConfig, description=__doc__))
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]{error}[/red]")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ storage format only: networks come back in the precision they are built in, fp32
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,17 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from generators.dcgan import (
+    DcganConfig,
+    DcganDiscriminator,
+    DcganDiscriminatorConfig,
+    DcganGenerator,
+)
 from generators.discriminator import Discriminator, DiscriminatorConfig
+from generators.projected import ProjectedConfig, ProjectedDiscriminator
 from generators.runs import write_atomically
 from generators.stylegan2 import Generator, GeneratorConfig
+from generators.superres import SuperResolution, SuperResolutionConfig
 
 FORMAT = "1"
 
@@ -32,10 +41,15 @@ Kinds = dict[str, tuple[type, Callable[[Any], nn.Module]]]
 KINDS: Kinds = {
     "generator": (GeneratorConfig, Generator),
     "discriminator": (DiscriminatorConfig, Discriminator),
+    "projected": (ProjectedConfig, partial(ProjectedDiscriminator, weights="random")),
+    "dcgan": (DcganConfig, DcganGenerator),
+    "dcgan_discriminator": (DcganDiscriminatorConfig, DcganDiscriminator),
+    "superres": (SuperResolutionConfig, SuperResolution),
 }
 
 _WEIGHTS = Path(__file__).parent / "weights"
-BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in ("face64", "anime64", "encoder64")}
+_NAMES = ("face64", "anime64", "encoder64", "superres64")
+BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in _NAMES}
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -142,9 +156,7 @@ def config_from(config_class: type, values: Mapping[str, Any]) -> Any:
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def pack(
-    source: Path, target: Path, provenance: dict[str, str]
-) -> None:
+def pack(source: Path, target: Path, provenance: dict[str, str]) -> None:
     """Writes the network of `source`, of any kind, to `target` in half precision, for shipping.
 
     provenance: entries that replace those of `source`. ValueError if a weight does not fit in fp16.

@@ -107,7 +107,7 @@ class PictureStream(IterableDataset[Tensor]):
 
     def _picture(self, row: dict) -> Tensor | None:
         try:
-            return fit(open_image(_payload(row[self.column])), self.resolution)
+            return fit(open_image(payload(row[self.column])), self.resolution)
         except ValueError as error:
             warnings.warn(f"Skipped a picture. {error}", stacklevel=2)
             return None
@@ -149,14 +149,14 @@ def open_dataset(
     """
     spec = str(spec)
     if spec.startswith("hf:"):
-        return _open_hub(spec, resolution, column, split)
+        return open_hub(spec, resolution, column, split)
     path = Path(spec).expanduser()
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _load(_saved(path, column, split), resolution)
+        return _load(open_saved(path, column, split), resolution)
     parquet = frozenset({".parquet"})
     if path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
         files = _of_split(find_files(path, parquet, "parquet file"), split, path, by_name=True)
-        return _load(_parquet(files, column), resolution)
+        return _load(open_parquet(files, column), resolution)
     return _load(_of_split(find_images(path), split, path, by_name=False), resolution)
 
 
@@ -204,10 +204,10 @@ class _Rows(Sequence[Path | bytes]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return _payload(self.rows[index][self.column])
+        return payload(self.rows[index][self.column])
 
 
-def _payload(cell: dict | None) -> Path | bytes:
+def payload(cell: dict | None) -> Path | bytes:
     """{"bytes", "path"} of an Image(decode=False) -> what `open_image` reads."""
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         return b""
@@ -226,7 +226,7 @@ def _undecoded(rows: Any, column: str) -> Any:
         raise ValueError(f"Column {column!r} does not hold pictures; name another.") from error
 
 
-def _parquet(files: list[Path], column: str) -> _Rows:
+def open_parquet(files: list[Path], column: str) -> _Rows:
     import datasets
 
     names = ", ".join(file.name for file in files[:3])
@@ -239,7 +239,7 @@ def _parquet(files: list[Path], column: str) -> _Rows:
     return _Rows(rows, column)
 
 
-def _saved(path: Path, column: str, split: str | None) -> _Rows:
+def open_saved(path: Path, column: str, split: str | None) -> _Rows:
     import datasets
 
     rows = datasets.load_from_disk(str(path))
@@ -251,7 +251,7 @@ def _saved(path: Path, column: str, split: str | None) -> _Rows:
     return _Rows(rows, column)
 
 
-def _open_hub(spec: str, resolution: int, column: str, split: str | None) -> PictureStream:
+def open_hub(spec: str, resolution: int, column: str, split: str | None) -> PictureStream:
     import datasets
 
     _, name, *rest = spec.split(":")

