@@ -15,7 +15,6 @@ import json
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,8 @@ from rich.progress import (
 from encoder.align import Aligner
 from encoder.pipeline import FilesConfig, Item, Translator, translate
 from generators import checkpoint
-from generators.images import find_images
+from generators.curvature import curvature_of
+from generators.images import find_images, result_names
 from generators.runs import write_atomically
 from generators.superres import SuperResolution
 
@@ -55,6 +55,7 @@ class InferConfig(FilesConfig):
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     truncation: float = 1.0  # below 1: closer to the average face
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
+    curvature: str | None = None  # of the face generator, for refining; face64 has curvature64
     align: bool = True  # off: the pictures are aligned crops already
     device: str = "auto"  # cpu, cuda, cuda:1, mps
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -132,6 +133,7 @@ def load(config: InferConfig, device: torch.device) -> Translator:
         aligner=Aligner("cpu" if device.type == "mps" else device) if config.align else None,
         truncation=config.truncation,
         refine_steps=config.refine_steps,
+        curvature=curvature_of(config.face_generator, config.curvature),
         superres=load_superres(config),
     )
 
@@ -172,13 +174,8 @@ def plan(config: FilesConfig) -> list[Item]:
     sources = find_images(config.input)
     here = output.resolve()  # earlier results below the input folder are no inputs
     sources = [source for source in sources if here not in source[0].resolve().parents] or sources
-    names = [(str(name).casefold(), str(name.with_suffix("")).casefold()) for _, name in sources]
-    taken = Counter(name for pair in names for name in set(pair))
-    items = []
-    for (path, relative), (_, stem) in zip(sources, names, strict=True):
-        root = ENDING.sub("", stem)
-        unique = taken[stem] == 1 and (root == stem or root not in taken)
-        items.append(Item(path, output / (relative.with_suffix("") if unique else relative)))
+    names = result_names([name for _, name in sources], ENDING)
+    items = [Item(path, output / name) for (path, _), name in zip(sources, names, strict=True)]
 
     inputs = {path.resolve() for path, _ in sources}
     for item in items:

@@ -13,7 +13,6 @@ Shape letters: B batch, L layers of w+, D w dimension, R resolution.
 """
 
 import importlib
-import resource
 import statistics
 import sys
 import time
@@ -24,12 +23,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from report import about, finish
+from report import about, finish, peak_memory_mb, percentiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from generators.stylegan2 import GeneratorConfig, SynthesisNetwork
 
@@ -106,15 +103,15 @@ def timed(run: Callable[[], Tensor]) -> Sample:
 
 def summary(samples: list[Sample], batch_size: int) -> dict[str, float]:
     """Milliseconds of one run and images/s of the median run."""
-    wall, cpu = ([1000 * sample[i] for sample in samples] for i in (0, 1))
-    p95 = statistics.quantiles(wall, n=20, method="inclusive")[-1] if len(wall) > 1 else wall[0]
+    wall, cpu = ([sample[i] for sample in samples] for i in (0, 1))
+    figures = percentiles(wall)
     return {
-        "wall_ms_p50": round(statistics.median(wall), 2),
-        "wall_ms_p95": round(p95, 2),
-        "wall_ms_min": round(min(wall), 2),
-        "cpu_ms_p50": round(statistics.median(cpu), 2),
-        "cpu_ms_min": round(min(cpu), 2),
-        "images_per_second": round(1000 * batch_size / statistics.median(wall), 2),
+        "wall_ms_p50": round(figures["p50_ms"], 2),
+        "wall_ms_p95": round(figures["p95_ms"], 2),
+        "wall_ms_min": round(1000 * min(wall), 2),
+        "cpu_ms_p50": round(percentiles(cpu)["p50_ms"], 2),
+        "cpu_ms_min": round(1000 * min(cpu), 2),
+        "images_per_second": round(batch_size / statistics.median(wall), 2),
     }
 
 
@@ -183,11 +180,10 @@ def main(config: BenchmarkConfig) -> None:
     result = about("generator", sys.argv[1:])
     rows = [measure(config, r, b) for r in config.resolutions for b in config.batch_sizes]
     show(rows)
-    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     result |= {
         "channel_base": config.channel_base,
         "channel_max": config.channel_max,
-        "peak_memory_mb": peak,
+        "peak_memory_mb": round(peak_memory_mb()),
         "rows": rows,
     }
     finish(result, config.output)

@@ -39,6 +39,7 @@ class Config:
     data: tuple[str, ...]  # PATH@RESOLUTION: held-out pictures and their side in pixels
     network: str = "superres64"  # bundled name or .safetensors file
     images: int = 100  # of each set, evenly spread
+    lpips: bool = True
     lpips_weights: Path | None = None  # AlexNet's; None: a download, said aloud
     output: Path | None = None  # JSON with the figures
     quick: bool = False
@@ -52,7 +53,8 @@ def written(images: Tensor) -> Tensor:
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """One row for each data set, enlargement and method."""
     network = frozen(load(resolve(config.network), "superres"))
-    metrics = image_metrics(lpips_weights=config.lpips_weights)
+    metrics = image_metrics(lpips_weights=config.lpips_weights, with_lpips=config.lpips)
+    judges = {key: metrics[key] for key in ("psnr", "lpips") if key in metrics}
     rows = []
     for spec in config.data:
         path, _, side = spec.rpartition("@")
@@ -75,8 +77,8 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
                     start = time.process_time()
                     result = written(method(low))
                     seconds += time.process_time() - start
-                    for key in ("psnr", "lpips"):
-                        value = metrics[key](result, high).sum().item()
+                    for key, metric in judges.items():
+                        value = metric(result, high).sum().item()
                         sums[key] = sums.get(key, 0.0) + value
                 means = {key: value / len(pictures) for key, value in sums.items()}
                 rows.append({"data": Path(path).parent.name, "from": small, "to": size,

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from encoder.pipeline import Translator
+from encoder.pixels import LUMA
 from generators.blocks import labelled
 from generators.checkpoint import load, resolve
 from generators.data import PictureStream, first_pictures, open_dataset
@@ -41,7 +42,6 @@ from generators.images import find_images, fit, grid, open_image, resize, to_flo
 from generators.runs import frozen
 
 console = Console()
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 ROWS = 10  # people in the picture
 QUICK: dict[str, Any] = {"images": 24, "anime_images": 200, "refine_steps": (0,)}
 

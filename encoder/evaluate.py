@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoder.losses import Lpips, LpipsNet, ms_ssim, mse
+from encoder.losses import Lpips, LpipsNet
+from encoder.pixels import ms_ssim, mse
 from generators.distances import batches
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) in [-1, 1] -> (B,)

@@ -18,15 +18,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lpips
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from facenet_pytorch import InceptionResnetV1
 from torch import Tensor, nn
 
+from encoder.pixels import edges, l1, ms_ssim, mse
 from generators.features import (
     WHEEL_MODEL,
     FeaturePyramid,
@@ -40,10 +40,33 @@ from generators.runs import frozen
 
 LpipsNet = Literal["alex", "vgg", "squeeze"]
 LPIPS_MIN_SIDE = 32  # pixels; AlexNet's poolings leave nothing of less
+DISCRIMINATOR_TERMS = ("feature", "feature_mse", "adversarial")
+CRITICS = ("discriminator", "projected", "dcgan_discriminator")  # kinds of checkpoints they take
 ID_SIDE = 160  # pixels; the size FaceNet was trained at
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, sec. 3.2
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weighted sum that is minimised; a term of weight 0 is never built."""
+
+    mse: float = 1.0
+    l1: float = 0.0
+    lpips: float = 0.0
+    perceptual: float = 0.0
+    id: float = 0.0
+    ms_ssim: float = 0.0
+    edge: float = 0.0
+    edge_lpips: float = 0.0
+    feature: float = 0.0  # l1 distance in the discriminator's features
+    feature_mse: float = 0.0  # squared
+    adversarial: float = 0.0  # against the generator's discriminator, which goes on learning
+    latent: float = 0.1  # to the known w+ of synthetic pictures; training only
+    w_norm: float = 0.0  # pull of w+ towards w_avg
+
+    @property
+    def of_discriminator(self) -> list[str]:
+        """The terms with a weight that look through the discriminator."""
+        return [name for name in DISCRIMINATOR_TERMS if getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -57,9 +80,17 @@ class Inputs:
     ws_target: Tensor | None = None  # (B, L, D)
     w_avg: Tensor | None = None  # (D,) or (L, D)
     known: Tensor | None = None  # (B,) 1 where ws_target is the truth
+    kept: dict[str, Any] = field(default_factory=dict)  # what networks made of the target
+
+    def made(self, name: str, net: Callable[[Tensor], Any]) -> Any:
+        """net(target), once for as long as the target stays the same (`LossSet.against`)."""
+        if name not in self.kept:
+            self.kept[name] = net(self.target)
+        return self.kept[name]
 
 
 Term = Callable[[Inputs], Tensor]  # -> (B,)
+Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # see LossSet.against
 
 
 class LossSet(nn.Module):
@@ -77,7 +108,7 @@ class LossSet(nn.Module):
         feature_net: str = WHEEL_MODEL,  # timm network of "perceptual"
         feature_weights: Path | str | None = None,  # see FeaturePyramid
         id_weights: Path | None = None,  # FaceNet; None: facenet-pytorch's download, said aloud
-        discriminator: nn.Module | None = None,  # of "feature" and "adversarial", on its device;
+        discriminator: nn.Module | None = None,  # of DISCRIMINATOR_TERMS, on its device;
         # not moved nor frozen here: a discriminator that trains must drop these gradients itself
     ) -> None:
         super().__init__()
@@ -103,109 +134,49 @@ class LossSet(nn.Module):
         w_avg: Tensor | None = None,  # (D,) or (L, D), of "w_norm"
         known: Tensor | None = None,  # (B,) rows whose ws_target is the truth; None: all
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if image.shape != target.shape:
-            raise ValueError(
-                f"the prediction is {tuple(image.shape)} and the target {tuple(target.shape)}; "
-                "resize one to the other"
-            )
-        with torch.autocast(image.device.type, enabled=False):
-            image, target = _full(image), _full(target)
-            if mask is not None:
-                mask = (mask > 0.5).to(image.dtype)
-                target = torch.where(mask > 0, target, 0.0)
-                image = torch.where(mask > 0, image, target)
-            ws = None if ws is None else _full(ws)
-            inputs = Inputs(image, target, mask, ws, ws_target, w_avg, known)
-            parts = {name: term(inputs) for name, term in self.terms.items()}
-        total = image.new_zeros(image.shape[0])
-        for name, part in parts.items():
-            total = total + self.weights[name] * part
-        return total, parts
+        return self.against(target, mask)(image, ws, ws_target, w_avg, known)
+
+    def against(self, target: Tensor, mask: Tensor | None = None) -> Judge:
+        """The same function of (image, ws, ws_target, w_avg, known) for one target and mask.
+
+        What the networks see in the target is computed at the first call and kept: a search that
+        calls it often pays for the target once.
+        """
+        target = _full(target)
+        if mask is not None:
+            mask = (mask > 0.5).to(target.dtype)
+            target = torch.where(mask > 0, target, 0.0)
+        kept: dict[str, Any] = {}
+
+        def judge(
+            image: Tensor,
+            ws: Tensor | None = None,
+            ws_target: Tensor | None = None,
+            w_avg: Tensor | None = None,
+            known: Tensor | None = None,
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            if image.shape != target.shape:
+                raise ValueError(
+                    f"the prediction is {tuple(image.shape)} and the target "
+                    f"{tuple(target.shape)}; resize one to the other"
+                )
+            with torch.autocast(image.device.type, enabled=False):
+                image = _full(image)
+                if mask is not None:
+                    image = torch.where(mask > 0, image, target)
+                ws = None if ws is None else _full(ws)
+                inputs = Inputs(image, target, mask, ws, ws_target, w_avg, known, kept)
+                parts = {name: term(inputs) for name, term in self.terms.items()}
+            total = image.new_zeros(image.shape[0])
+            for name, part in parts.items():
+                total = total + self.weights[name] * part
+            return total, parts
+
+        return judge
 
     def train(self, mode: bool = True) -> LossSet:
         """The nets stay in evaluation mode."""
         return super().train(False)
-
-
-# Pixels ------------------------------------------------------------------------------------------
-
-
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, C, R, R) -> (B,): the mean where mask (B, 1, R, R) is 1; 0 where no pixel is."""
-    if mask is None:
-        return values.mean(dim=(1, 2, 3))
-    count = mask.sum(dim=(1, 2, 3)) * values.shape[1]
-    return (values * mask).sum(dim=(1, 2, 3)) / count.clamp(min=1e-6)
-
-
-def mse(image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B,) in [0, 4]: mean squared difference of pictures in [-1, 1]."""
-    return masked_mean((image - target).square(), mask)
-
-
-def l1(image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B,) in [0, 2]: mean absolute difference of pictures in [-1, 1]."""
-    return masked_mean((image - target).abs(), mask)
-
-
-def ms_ssim(image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B,) in [0, 1], 1 for equal pictures: multi-scale structural similarity, per channel.
-
-    Wang, Simoncelli, Bovik 2003, eq. 7, for pictures in [-1, 1] (dynamic range 2). As many of the
-    five scales as leave the 11-pixel window inside, their exponents scaled to sum to 1: five from
-    176 pixels on, three at 64. Negative similarities count as (almost) none.
-    """
-    side = min(image.shape[-2:])
-    scales = 1
-    while scales < len(MS_SSIM_WEIGHTS) and side >> scales >= SSIM_WINDOW:
-        scales += 1
-    weights = MS_SSIM_WEIGHTS[:scales]
-    result = image.new_ones(image.shape[:2])  # (B, C)
-    for scale, weight in enumerate(weights):
-        if scale > 0:
-            image, target = F.avg_pool2d(image, 2), F.avg_pool2d(target, 2)
-            mask = None if mask is None else F.avg_pool2d(mask, 2)
-        luminance, structure = _ssim_maps(image, target)
-        similarity = structure * luminance if scale == scales - 1 else structure
-        result = result * _window_mean(similarity, mask).clamp(min=1e-4) ** (weight / sum(weights))
-    return result.mean(dim=1)
-
-
-def _ssim_maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Luminance and contrast-structure (B, C, H', W') at each window wholly inside (eq. 1-3)."""
-    size = min(SSIM_WINDOW, *a.shape[-2:])
-    window = torch.arange(size, device=a.device, dtype=a.dtype) - (size - 1) / 2
-    window = torch.exp(-window.square() / (2 * SSIM_SIGMA**2))
-    window = window / window.sum()
-    moments = torch.stack([a, b, a * a, b * b, a * b])
-    flat = rearrange(moments, "m b c h w -> (m b c) 1 h w")
-    flat = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-    mean_a, mean_b, square_a, square_b, product = rearrange(
-        flat, "(m b c) 1 h w -> m b c h w", m=5, b=a.shape[0]
-    )
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
-    variances = (square_a - mean_a.square()) + (square_b - mean_b.square())
-    return luminance, (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
-
-
-def _window_mean(similarity: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, C, H', W') -> (B, C): mean over windows with a valid centre; 1 where there is none."""
-    if mask is None:
-        return similarity.mean(dim=(2, 3))
-    (height, width), (rows, columns) = mask.shape[-2:], similarity.shape[-2:]
-    top, left = (height - rows) // 2, (width - columns) // 2
-    centres = mask[:, :, top : top + rows, left : left + columns]
-    return 1 - ((1 - similarity) * centres).sum(dim=(2, 3)) / centres.sum(dim=(2, 3)).clamp(1e-6)
-
-
-def edges(image: Tensor) -> Tensor:
-    """(B, 3, R, R) in [-1, 1] -> (B, 1, R, R) in [0, 1.5): strength of Prewitt's edges of luma."""
-    luma = (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
-    across = luma.new_tensor([-1.0, 0.0, 1.0]).expand(3, 3) / 6
-    kernels = torch.stack([across, across.T]).unsqueeze(1)  # (2, 1, 3, 3)
-    gradient = F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernels)
-    return (gradient.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
 
 
 # Networks ----------------------------------------------------------------------------------------
@@ -238,16 +209,23 @@ class Lpips(nn.Module):
         self.model = frozen(model)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (B, 3, R, R) in [-1, 1] -> (B,); pictures under 32 pixels are enlarged to 32.
+        """Two (B, 3, R, R) in [-1, 1] -> (B,); pictures under 32 pixels are enlarged to 32."""
+        return self.distance(self.features(a), self.features(b))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, R, R) in [-1, 1] -> the backbone's maps, of length 1 over channels."""
+        if min(images.shape[-2:]) < LPIPS_MIN_SIDE:
+            images = _resize(images, LPIPS_MIN_SIDE)
+        return [unit_channels(x) for x in self.model.net(self.model.scaling_layer(images))]
+
+    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """Two pictures' `features` -> (B,).
 
         Not the package's own forward: its square root has no gradient at features that are zero.
         """
-        if min(a.shape[-2:]) < LPIPS_MIN_SIDE:
-            a, b = (_resize(images, LPIPS_MIN_SIDE) for images in (a, b))
-        maps_a, maps_b = (self.model.net(self.model.scaling_layer(images)) for images in (a, b))
         levels = [
-            linear((unit_channels(x) - unit_channels(y)).square()).mean(dim=(1, 2, 3))
-            for linear, x, y in zip(self.model.lins, maps_a, maps_b, strict=True)
+            linear((x - y).square()).mean(dim=(1, 2, 3))
+            for linear, x, y in zip(self.model.lins, a, b, strict=True)
         ]
         return torch.stack(levels).sum(dim=0)
 
@@ -312,38 +290,45 @@ class Resources:
 
 
 def _lpips(resources: Resources) -> Term:
-    net = resources.lpips()
-    return lambda x: net(x.image, x.target)
+    net: Any = resources.lpips()
+    return lambda x: net.distance(net.features(x.image), x.made("lpips", net.features))
 
 
 def _edge_lpips(resources: Resources) -> Term:
-    net = resources.lpips()
+    net: Any = resources.lpips()
 
-    def picture(image: Tensor) -> Tensor:
-        return (edges(image) * 2 - 1).expand(-1, 3, -1, -1)
+    def features(image: Tensor) -> list[Tensor]:
+        return net.features((edges(image) * 2 - 1).expand(-1, 3, -1, -1))
 
-    return lambda x: net(picture(x.image), picture(x.target))
+    return lambda x: net.distance(features(x.image), x.made("edge_lpips", features))
 
 
 def _perceptual(resources: Resources) -> Term:
     net = resources.pyramid()
-    return lambda x: perceptual_distance(net(x.image), net(x.target))
+    return lambda x: perceptual_distance(net(x.image), x.made("perceptual", net))
 
 
 def _id(resources: Resources) -> Term:
     net = resources.embedder()
-    return lambda x: 1 - (net(x.image) * net(x.target)).sum(dim=1)
+    return lambda x: 1 - (net(x.image) * x.made("id", net)).sum(dim=1)
 
 
-def _feature(resources: Resources) -> Term:
-    """Mean absolute difference of the discriminator's features, averaged over its blocks."""
-    net = _needed(resources.discriminator, "feature", "discriminator")
+def _feature(distance: Callable[[Tensor, Tensor], Tensor], name: str) -> Callable:
+    """Distance of the discriminator's features, averaged over its blocks."""
 
-    def term(x: Inputs) -> Tensor:
-        pairs = zip(net.features(x.image), net.features(x.target), strict=True)
-        return torch.stack([l1(a, b) for a, b in pairs]).mean(dim=0)
+    def build(resources: Resources) -> Term:
+        net = _needed(resources.discriminator, name, "discriminator")
+        features = getattr(net, "features", None)
+        if features is None:
+            raise ValueError(f"the loss {name!r} needs a residual or a projected discriminator")
 
-    return term
+        def term(x: Inputs) -> Tensor:
+            pairs = zip(features(x.image), x.made("feature", features), strict=True)
+            return torch.stack([distance(a, b) for a, b in pairs]).mean(dim=0)
+
+        return term
+
+    return build
 
 
 def _adversarial(resources: Resources) -> Term:
@@ -377,7 +362,8 @@ TERMS: dict[str, Callable[[Resources], Term]] = {
     "ms_ssim": lambda _: lambda x: 1 - ms_ssim(x.image, x.target, x.mask),
     "edge": lambda _: lambda x: mse(edges(x.image), edges(x.target), x.mask),
     "edge_lpips": _edge_lpips,
-    "feature": _feature,
+    "feature": _feature(l1, "feature"),
+    "feature_mse": _feature(mse, "feature_mse"),
     "adversarial": _adversarial,
     "latent": lambda _: latent,
     "w_norm": lambda _: w_norm,

@@ -56,6 +56,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         backbone: Any = timm.create_model(config.backbone, pretrained=False, features_only=True)
+        if max(backbone.feature_info.reduction()) > config.resolution:
+            stop_strides_on_one_pixel(backbone, config.resolution)
         self.backbone = backbone
         mean, std = (
             torch.tensor(backbone.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")
@@ -104,6 +106,28 @@ class Encoder(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
+
+
+@torch.no_grad()
+def stop_strides_on_one_pixel(backbone: nn.Module, resolution: int) -> None:
+    """Where a convolution's input is one pixel, stride 1 in place of more: the result is the same.
+
+    For a padded channels-last convolution whose input is narrower than its stride, the weight's
+    gradient in bf16 on CPU takes in memory that nobody wrote (oneDNN 3.12, backward_weights of
+    jit_bf16:avx512_core_bf16): silently wrong, and at times NaN.
+    """
+
+    def look(conv: Any, inputs: tuple[Tensor, ...]) -> None:
+        one_pixel = inputs[0].shape[-2:] == (1, 1)
+        if one_pixel and conv.kernel_size == tuple(2 * p + 1 for p in conv.padding):
+            conv.stride = (1, 1)
+
+    convs = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    handles = [conv.register_forward_pre_hook(look) for conv in convs]
+    backbone.eval()(torch.zeros(1, 3, resolution, resolution, device=convs[0].weight.device))
+    backbone.train()
+    for handle in handles:
+        handle.remove()
 
 
 def pooled_size(level: Tensor, config: EncoderConfig) -> tuple[int, int]:

@@ -28,12 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from encoder.align import Aligner, Face
-from encoder.invert import optimize_latent
 from encoder.latents import truncate
 from encoder.losses import LossSet
 from encoder.model import Encoder
+from encoder.search import Search, optimize_latent
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, resolve
+from generators.curvature import Curvature, curvature_of
 from generators.images import fit, grid, open_image, resize, to_float
 from generators.runs import frozen, write_atomically
 from generators.stylegan2 import Generator
@@ -67,6 +68,7 @@ class Translator:
         aligner: Aligner | None = None,  # None: crops only, `faces` is refused
         truncation: float = 1.0,  # 1: the latent as found, 0: the average face
         refine_steps: int = 0,  # of latent optimisation, after the encoder
+        curvature: Curvature | None = None,  # of `face`; refinement is faster with it
         superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
     ) -> None:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -93,6 +95,7 @@ class Translator:
             superres = copy.deepcopy(superres).to(dtype)
         self.superres: SuperResolution | None = superres and self._placed(superres)
         self.losses = LossSet({"mse": 1.0})
+        self.curvature: Curvature | None = curvature and self._placed(curvature)
 
     @classmethod
     def load(
@@ -112,6 +115,7 @@ class Translator:
         enlarges."""
         options.setdefault("aligner", Aligner(device=options.get("device", "cpu")))
         options.setdefault("superres", load(resolve("superres64"), "superres"))
+        options.setdefault("curvature", curvature_of("face64"))
         return cls.load("face64", "anime64", "encoder64", **options)
 
     # ------------------------------------------------------------------ pictures to crops
@@ -160,9 +164,17 @@ class Translator:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             ws = self.encoder(resize(images, self.encoder.config.resolution)).float()
         target = resize(images, self.resolution)
-        ws = optimize_latent(
-            self.face, target, start=ws, steps=self.refine_steps, losses=self.losses
-        )
+        if self.refine_steps:
+            search = Search(steps=self.refine_steps)
+            found = optimize_latent(
+                self.face,
+                target,
+                losses=self.losses,
+                search=search,
+                start=ws,
+                curvature=self.curvature,
+            )
+            ws = found.latent
         return truncate(ws, self.face.w_avg, self.truncation)
 
     @torch.inference_mode()

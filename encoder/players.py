@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from encoder.data import Batch, draw
-from encoder.losses import LossSet, LpipsNet
+from encoder.losses import CRITICS, LossSet, LossWeights, LpipsNet
 from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
 from generators.adversarial import discriminator_loss, r1_penalty
@@ -32,24 +32,6 @@ from generators.runs import (
 from generators.stylegan2 import Generator
 
 R1_INTERVAL = 16  # steps between R1 penalties of the critic (Karras et al. 2020, appendix B)
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weighted sum that is minimised; a term of weight 0 is never built."""
-
-    mse: float = 1.0
-    l1: float = 0.0
-    lpips: float = 0.0
-    perceptual: float = 0.0
-    id: float = 0.0
-    ms_ssim: float = 0.0
-    edge: float = 0.0
-    edge_lpips: float = 0.0
-    feature: float = 0.0  # distance in the discriminator's features
-    adversarial: float = 0.0  # against the generator's discriminator, which goes on learning
-    latent: float = 0.1  # to the known w+ of synthetic pictures
-    w_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,10 +92,8 @@ class EncoderTrainConfig:
             raise ValueError(
                 f"synthetic_fraction must be between 0 and 1, not {self.synthetic_fraction}"
             )
-        if (self.loss.feature or self.loss.adversarial) and self.discriminator is None:
-            raise ValueError(
-                "the losses feature and adversarial need --discriminator FILE.safetensors"
-            )
+        if self.discriminator is None and (terms := self.loss.of_discriminator):
+            raise ValueError(f"the loss {terms[0]} needs --discriminator FILE.safetensors")
         if not any(dataclasses.asdict(self.loss).values()):
             raise ValueError("every loss weight is 0; give at least one")
 
@@ -164,7 +144,7 @@ class Players:
         }
         self.critic: nn.Module | None = None
         if config.discriminator is not None:
-            self.critic = frozen(load_critic(Path(config.discriminator))).to(device)
+            self.critic = frozen(checkpoint.load_one_of(config.discriminator, CRITICS)).to(device)
             if config.loss.adversarial:
                 self.modules["critic"] = self.critic
                 self.optimisers["critic"] = torch.optim.Adam(
@@ -264,12 +244,6 @@ class Players:
             self.accelerator.clip_grad_norm_(module.parameters(), max_norm)
         optimiser.step()
         optimiser.zero_grad()
-
-
-def load_critic(path: Path) -> nn.Module:
-    """A residual or a projected discriminator."""
-    kind = checkpoint.read_metadata(path)["kind"]
-    return checkpoint.load(path, kind if kind == "projected" else "discriminator")
 
 
 def batch_of_reals(config: EncoderTrainConfig) -> int:

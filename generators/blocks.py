@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from generators import checkpoint
 from generators.discriminator import Discriminator
 from generators.features import read_state
-from generators.images import grid, resize
+from generators.images import find_files, grid, resize
 from generators.runs import write_atomically
 from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
 
@@ -241,7 +241,10 @@ class GridConfig:
 
 
 def read_ws(path: Path, face: Generator) -> Tensor:
-    """(N, L, D) from a file of `infer.py --save latents`, or of several such."""
+    """(N, L, D) from a file of `infer.py --save latents`, or of several such, or from a folder."""
+    if path.is_dir():
+        files = find_files(path, frozenset({".safetensors"}), "latents file")
+        return torch.cat([read_ws(file, face) for file, _ in files])
     ws = read_state(path).get("ws")
     shape = (face.num_ws, face.w_dim)
     if ws is None or ws.ndim not in (2, 3) or ws.shape[-2:] != shape or ws.numel() == 0:

@@ -11,7 +11,7 @@ storage format only: networks come back in the precision they are built in, fp32
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ KINDS: Kinds = {
 }
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_NAMES = ("face64", "anime64", "encoder64", "superres64")
+_NAMES = ("face64", "anime64", "encoder64", "superres64", "curvature64")
 BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in _NAMES}
 
 
@@ -122,6 +122,12 @@ def load(path: str | Path, kind: str, kinds: Kinds | None = None) -> Any:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; convert or download the file again") from error
     return module.eval()
+
+
+def load_one_of(path: str | Path, kinds: Sequence[str]) -> Any:
+    """`load` of a file that may be of several kinds."""
+    kind = read_metadata(path)["kind"]
+    return load(path, kind if kind in kinds else kinds[0])
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,10 @@ import glob
 import io
 import logging
 import math
+import re
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -220,3 +222,27 @@ def find_files(source: str | Path, suffixes: frozenset[str], what: str) -> list[
     if not result:
         raise ValueError(f"No {what} found in {str(source)!r}; give a {what}, a folder or a glob.")
     return sorted(result, key=lambda pair: pair[1].as_posix())
+
+
+def result_names(inputs: Sequence[Path], ending: re.Pattern[str]) -> list[Path]:
+    """Relative names of pictures -> those of their results: without the suffix, if no other
+    input's results could then be called the same.
+
+    ending: what is added to a result's name before its suffix, as a pattern up to the end.
+    """
+    names = [(str(name).casefold(), str(name.with_suffix("")).casefold()) for name in inputs]
+    taken = Counter(name for pair in names for name in set(pair))
+    result = []
+    for name, (_, stem) in zip(inputs, names, strict=True):
+        root = ending.sub("", stem)
+        unique = taken[stem] == 1 and (root == stem or root not in taken)
+        result.append(name.with_suffix("") if unique else name)
+    return result
+
+
+def open_opacity(source: str | Path) -> Image.Image:
+    """The alpha channel of a picture file as an upright picture of mode "L"; white, 255, where the
+    picture is opaque. ValueError as `open_image`."""
+    open_image(source)  # its sentences for what cannot be read
+    with Image.open(Path(source).expanduser()) as image:
+        return _upright(image).convert("RGBA").getchannel("A")

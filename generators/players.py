@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from generators import checkpoint
 from generators.augment import AdaController
-from generators.blocks import freeze_discriminator, freeze_generator
+from generators.blocks import freeze_discriminator, freeze_generator, read_ws
 from generators.data import Pictures, first_pictures
 from generators.dcgan import (
     DcganConfig,
@@ -75,6 +75,7 @@ class GanTrainConfig:
     r1_gamma: float = 1.0  # residual
     path_length_weight: float = 0.0  # 2 in the paper; off with frozen blocks
     style_mixing: float = 0.0  # probability; 0.9 in the paper
+    latents: Path | None = None  # file or folder of ws, an encoder's of photos: half of the fakes
     feature_weights: str | None = "wheel"  # of the perceptual net and of the projected one
     ada_target: float = 0.6
     ada_images: int = 500_000  # pictures in which p can go from 0 to 1
@@ -118,10 +119,14 @@ class GanTrainConfig:
         if not (self.reconstruction_weight or self.adversarial_weight):
             raise ValueError("give the reconstruction or the adversarial loss a weight")
         if self.architecture != "stylegan2" and (
-            self.reconstruction_weight or self.freeze_generator_below or self.style_mixing
+            self.reconstruction_weight
+            or self.freeze_generator_below
+            or self.style_mixing
+            or self.latents
         ):
             raise ValueError(
-                "reconstruction, freezing and style mixing are for --architecture stylegan2"
+                "reconstruction, freezing, style mixing and latents are for --architecture "
+                "stylegan2"
             )
         if self.architecture == "superres" and self.eval_data:
             raise ValueError("FD and KID are for generators; leave out --eval-data")
@@ -186,6 +191,7 @@ class Players:
     optimisers: dict[str, torch.optim.Optimizer]  # by the role of their network
     prepared: dict[str, Any]  # the same, wrapped by Accelerate
     state: dict[str, nn.Module] = field(default_factory=dict)  # ADA's p, the mean path length
+    latents: Tensor | None = None  # (N, L, D) at which half of the fakes are drawn
 
     def __post_init__(self) -> None:
         self.generator: Any = self.trained["generator"]
@@ -317,4 +323,7 @@ def set_up(config: GanTrainConfig, accelerator: Accelerator, dataset: Pictures) 
         state["path"] = RunningMean().to(device)
     prepared = {name: accelerator.prepare(optimiser) for name, optimiser in optimisers.items()}
     average = frozen(copy.deepcopy(trained["generator"]))
-    return Players(trained, average, perceptual, optimisers, prepared, state)
+    latents = None
+    if config.latents is not None:
+        latents = read_ws(config.latents, trained["generator"]).to(device)
+    return Players(trained, average, perceptual, optimisers, prepared, state, latents)

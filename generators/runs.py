@@ -54,6 +54,35 @@ def write_atomically(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def record(
+    file: Path, config: Mapping[str, Any], changeable: tuple[str, ...] = (), begun: bool = True
+) -> None:
+    """Writes the configuration of what is in the file's folder; what is `begun` goes on with its
+    own. ValueError when that differs in more than the `changeable` fields."""
+    new = json.loads(json.dumps(config, default=str))
+    if begun and file.exists():
+        old, now = flat(json.loads(file.read_text())), flat(new)
+        fields = (old.keys() | now.keys()) - set(changeable)
+        changed = sorted(k for k in fields if old.get(k) != now.get(k))
+        if changed:
+            raise ValueError(
+                f"{file.parent} holds a run with another {', '.join(changed)}; "
+                "repeat its command to go on with it, or give another run folder"
+            )
+    write_atomically(file, lambda p: p.write_text(json.dumps(new, indent=2) + "\n"))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+        result |= nested
+    return result
+
+
 class RunFolder:
     """Owns one run folder. Only the main process should write to it."""
 
@@ -71,18 +100,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob(".*.tmp"):
             leftover.unlink()
-        file = self.path / "config.json"
-        new = json.loads(json.dumps(config, default=str))
-        if file.exists() and self.latest() is not None:
-            old = json.loads(file.read_text())
-            fields = (old.keys() | new.keys()) - set(changeable)
-            changed = sorted(k for k in fields if old.get(k) != new.get(k))
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run with another {', '.join(changed)}; "
-                    "repeat its command to go on with it, or give another run folder"
-                )
-        write_atomically(file, lambda p: p.write_text(json.dumps(new, indent=2) + "\n"))
+        record(self.path / "config.json", config, changeable, self.latest() is not None)
 
     def latest(self) -> Path | None:
         """The newest checkpoint, or None."""

@@ -204,8 +204,8 @@ def path_length_step(
 def synthesise(
     config: GanTrainConfig, players: Players, z: Tensor, draw: Draw, unmixed: int = 0
 ) -> Tensor:
-    """z (B, Z) -> images (B, 3, R, R) with random noise maps, and with style mixing but for the
-    first `unmixed`; moves the mean of w."""
+    """z (B, Z) -> images (B, 3, R, R) with random noise maps; moves the mean of w. All but the
+    first `unmixed` get style mixing, and the second half of them given latents in place of z."""
     generator = players.generator
     if not isinstance(generator, Generator):
         return generator(z)
@@ -220,6 +220,11 @@ def synthesise(
     if config.style_mixing:
         mixed = mix_styles(ws, ws.roll(1, 0), config.style_mixing, draw.own_rng())
         ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
+    if players.latents is not None:
+        count = (len(ws) - unmixed) // 2
+        chosen = torch.randint(len(players.latents), (count,), generator=draw.own_rng())
+        given = players.latents[chosen.to(ws.device)].to(ws.dtype)
+        ws = torch.cat([ws[: len(ws) - count], given])
     return generator.synthesis(ws, "random")
 
 

@@ -76,6 +76,32 @@ def test_half_precision_is_close(dtype: torch.dtype) -> None:
     assert (half - whole).abs().max() < 0.05 * whole.abs().max() + 0.01
 
 
+@pytest.mark.parametrize("backbone", BACKBONES[:2])
+@pytest.mark.parametrize("resolution", [8, 16])
+def test_bfloat16_gradients_where_the_deepest_map_is_one_pixel(
+    backbone: str, resolution: int
+) -> None:
+    """There a stride would let oneDNN read what earlier tasks left in memory."""
+    encoder, strides = tiny(backbone, resolution=resolution, num_ws=6, w_dim=8), []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(
+                lambda conv, x, y: (
+                    strides.append((x[0].shape[-1], conv.stride[1]))
+                    if conv.kernel_size[1] > 1
+                    else None
+                )
+            )
+    images = torch.randn(8, 3, resolution, resolution)
+    left_over = [torch.full((2**n,), torch.nan) for n in range(6, 20) for _ in range(8)]
+    del left_over
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = encoder.to(memory_format=torch.channels_last)(images).square().sum()
+    loss.backward()
+    assert (1, 1) in strides and all(width >= stride for width, stride in strides)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
 def test_bad_sizes_end_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         EncoderConfig(width=30)

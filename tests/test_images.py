@@ -3,6 +3,7 @@
 pytest tests/test_images.py
 """
 
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +14,17 @@ import torch
 from pictures import encoded, photo
 from PIL import Image
 
-from generators.images import find_images, fit, grid, open_image, resize, to_pil, to_tensor
+from generators.images import (
+    find_images,
+    fit,
+    grid,
+    open_image,
+    open_opacity,
+    resize,
+    result_names,
+    to_pil,
+    to_tensor,
+)
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -272,3 +283,25 @@ def test_central_square_then_resize():
     wide.paste(WHITE, (16, 0, 24, 8))
     assert (fit(wide, 4) == 255).all()
     assert fit(photo(0, 7, 31), 16).shape == (3, 16, 16)
+
+
+def test_results_of_different_pictures_have_different_names():
+    ending = re.compile(r"(_latents)?$")
+    paths = [Path(p) for p in ("a.png", "sub/a.png", "b.png", "b.jpg", "c.png", "c_latents.png")]
+    names = [name.as_posix() for name in result_names(paths, ending)]
+    assert names == ["a", "sub/a", "b.png", "b.jpg", "c", "c_latents.png"]
+
+
+def test_opacity_is_upright_and_white_where_there_is_none(tmp_path):
+    picture = photo(0, 8, 4).convert("RGBA")
+    picture.putpixel((0, 0), (9, 9, 9, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture.save(tmp_path / "a.png", exif=exif)
+    opacity = open_opacity(tmp_path / "a.png")
+    assert opacity.mode == "L" and opacity.getpixel((7, 3)) == 0
+    assert opacity.getpixel((0, 0)) == 255
+    photo(1).save(tmp_path / "b.jpg")
+    assert open_opacity(tmp_path / "b.jpg").getextrema() == (255, 255)
+    with pytest.raises(ValueError, match="Cannot read"):
+        open_opacity(tmp_path / "none.png")

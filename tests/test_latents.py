@@ -51,3 +51,31 @@ def test_gradients_reach_every_input():
     torch.testing.assert_close(ws.grad[:, :2], torch.full((2, 2, 3), 0.5))
     torch.testing.assert_close(ws.grad[:, 2:], torch.ones(2, 2, 3))
     torch.testing.assert_close(w_avg.grad, torch.full((3,), 2.0))
+
+
+def test_slerp_follows_the_great_circle_at_an_even_pace():
+    a, b = torch.randn(2, 5, 8, dtype=torch.float64)
+    a, b = a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
+    whole = (a * b).sum(dim=-1).acos()
+    for t in (0.25, 0.5, 0.9):
+        c = latents.slerp(a, b, t)
+        torch.testing.assert_close(c.norm(dim=-1), torch.ones_like(whole))
+        torch.testing.assert_close((a * c).sum(dim=-1).acos(), t * whole)
+        torch.testing.assert_close((b * c).sum(dim=-1).acos(), (1 - t) * whole)
+
+
+def test_slerp_is_exact_at_its_ends_and_its_length_is_between():
+    a, b = torch.randn(4, 8), 3 * torch.randn(4, 8)
+    assert torch.equal(latents.slerp(a, b, 0.0), a) and torch.equal(latents.slerp(a, b, 1.0), b)
+    middle = latents.slerp(a, b, torch.full((4, 1), 0.5)).norm(dim=-1)
+    torch.testing.assert_close(middle, (a.norm(dim=-1) + b.norm(dim=-1)) / 2)
+
+
+def test_slerp_of_parallel_and_opposite_vectors_stays_finite():
+    a = torch.randn(4, 8)
+    for tiny in (0.0, 1e-7, 1e-4):
+        b = a + tiny * torch.randn(4, 8)
+        torch.testing.assert_close(latents.slerp(a, b, 0.3), torch.lerp(a, b, 0.3))
+    t = torch.linspace(0, 1, 7)[:, None]
+    assert latents.slerp(a[:1], -a[:1], t).norm(dim=-1).max() <= 1.001 * a[0].norm()
+    assert latents.slerp(torch.zeros(1, 8), a[:1], t).isfinite().all()

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
 from safetensors.torch import save_file
 
-from encoder import losses
+from encoder import losses, pixels
 from encoder.losses import TERMS, Inputs, LossSet, Lpips
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.features import FeaturePyramid, perceptual_distance, unit_channels
 
 SIDE = 32
 PIXEL_TERMS = ("mse", "l1", "ms_ssim", "edge")
-NETWORK_TERMS = ("lpips", "edge_lpips", "perceptual", "id", "feature", "adversarial")
+NETWORK_TERMS = ("lpips", "edge_lpips", "perceptual", "id", "feature", "feature_mse", "adversarial")
 IMAGE_TERMS = PIXEL_TERMS + NETWORK_TERMS
 
 
@@ -97,6 +97,22 @@ def test_total_is_the_weighted_sum_of_its_rows():
     torch.testing.assert_close(total, 2 * parts["mse"] + 0.5 * parts["l1"])
 
 
+def test_against_one_target_is_the_same_and_looks_at_it_once(build):
+    losses, target, mask = build(*NETWORK_TERMS), pictures(), half_mask()
+    seen = []
+    for net in losses.networks.values():
+        net.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    judge = losses.against(target, mask)
+    for image in (pictures(), pictures()):
+        torch.testing.assert_close(judge(image), losses(image, target, mask))
+    seen.clear()
+    judge(pictures())
+    once = len(seen)
+    seen.clear()
+    losses(pictures(), target, mask)
+    assert once < len(seen)  # of the target nothing is computed again
+
+
 def test_a_term_of_weight_zero_is_not_built(monkeypatch):
     monkeypatch.setitem(TERMS, "lpips", lambda resources: pytest.fail("built"))
     loss = LossSet({"mse": 1.0, "lpips": 0.0})
@@ -125,6 +141,11 @@ def test_terms_share_one_network(build):
 def test_a_wrong_set_is_one_sentence(weights, sentence):
     with pytest.raises(ValueError, match=sentence):
         LossSet(weights)
+
+
+def test_a_discriminator_without_features_is_one_sentence():
+    with pytest.raises(ValueError, match="'feature' needs a residual"):
+        LossSet({"feature": 1.0}, discriminator=torch.nn.Identity())
 
 
 def test_wrong_inputs_are_one_sentence():
@@ -165,9 +186,9 @@ def test_ms_ssim_of_constant_pictures_is_its_luminance():
     a, b = (torch.full((1, 3, 64, 64), x, dtype=torch.float64) for x in (0.2, 0.6))
     c1 = (0.01 * 2) ** 2
     luminance = (2 * 0.2 * 0.6 + c1) / (0.2**2 + 0.6**2 + c1)
-    used = losses.MS_SSIM_WEIGHTS[:3]
+    used = pixels.MS_SSIM_WEIGHTS[:3]
     expected = luminance ** (used[2] / sum(used))
-    assert losses.ms_ssim(a, b).item() == pytest.approx(expected, abs=1e-9)
+    assert pixels.ms_ssim(a, b).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_ssim_of_one_window_by_the_book():
@@ -181,21 +202,21 @@ def test_ssim_of_one_window_by_the_book():
     c1, c2 = 0.02**2, 0.06**2
     ssim = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     ssim = ssim / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    assert losses.ms_ssim(a, b).item() == pytest.approx(ssim.clamp(min=1e-4).item(), rel=1e-9)
+    assert pixels.ms_ssim(a, b).item() == pytest.approx(ssim.clamp(min=1e-4).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("side", [1, 7, 16, 31, 64, 176])
 def test_ms_ssim_takes_any_size(side):
     image = pictures(1, side)
-    assert losses.ms_ssim(image, image).item() == pytest.approx(1, abs=1e-5)
+    assert pixels.ms_ssim(image, image).item() == pytest.approx(1, abs=1e-5)
     noisy = (image + 0.3 * torch.randn_like(image)).clamp(-1, 1)
-    assert 0 < losses.ms_ssim(image, noisy).item() < 1
+    assert 0 < pixels.ms_ssim(image, noisy).item() < 1
 
 
 def test_edges_of_a_step():
     step = torch.full((1, 3, 8, 8), -1.0)
     step[..., 4:] = 1.0
-    strength = losses.edges(step)[0, 0]
+    strength = pixels.edges(step)[0, 0]
     torch.testing.assert_close(strength[:, 3:5], torch.ones(8, 2))
     assert strength[:, :3].max() < 1e-3 and strength[:, 5:].max() < 1e-3
     value = LossSet({"edge": 1})(step, torch.zeros_like(step))[0]

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from pictures import photo
 from processes import kill_9, run, run_two
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from generators import steps, train
 from generators.checkpoint import load, read_metadata
 from generators.data import first_pictures, open_dataset
 from generators.players import GanTrainConfig, build
 from generators.runs import NonFiniteLoss
+from generators.stylegan2 import SynthesisNetwork
 
 
 @pytest.fixture
@@ -287,3 +288,29 @@ def test_two_processes_equal_one_with_the_doubled_batch(config, tmp_path):
 def test_settings_that_do_not_go_together_are_refused(config, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         replace(config, **changes)
+
+
+def test_half_of_the_fakes_are_drawn_at_given_latents(config, tmp_path, monkeypatch):
+    given = torch.full((3, 6, 8), 7.0) + torch.arange(3)[:, None, None]
+    (tmp_path / "latents").mkdir()
+    for i, ws in enumerate(given):
+        save_file({"ws": ws.clone()}, tmp_path / "latents" / f"{i}.safetensors")
+    config = replace(config, latents=tmp_path / "latents", images=12)
+    seen = []
+    monkeypatch.setattr(
+        "generators.stylegan2.SynthesisNetwork.forward", spy(SynthesisNetwork.forward, seen)
+    )
+    train.train(config, cpu=True)
+    *_, mixed = [ws for ws in seen if len(ws) == 4]  # half reconstructions, half samples
+    is_given = (mixed[:, None] == given).all(dim=(2, 3)).any(dim=1)
+    assert is_given.tolist() == [False, False, False, True]  # of two samples one
+    with pytest.raises(ValueError, match="latents"):
+        replace(config, architecture="dcgan", reconstruction_weight=0)
+
+
+def spy(forward, seen):
+    def looked_at(self, ws, *rest, **options):
+        seen.append(ws.detach().clone())
+        return forward(self, ws, *rest, **options)
+
+    return looked_at

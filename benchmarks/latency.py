@@ -1,0 +1,295 @@
+"""How long a photo takes on its way to anime: align, encode, synthesise, and all of it at once.
+
+    python benchmarks/latency.py --threads 1 --output benchmarks/results/latency_cpu.json
+    python benchmarks/latency.py --device cuda --dtype fp16 --resolutions 64 256
+    python benchmarks/latency.py --quick                                  # under a minute
+
+Stages: *align* (MTCNN and the FFHQ crop, one picture a call), *encode*, *face* and *anime* (one
+synthesis each), *both* (reconstruction and anime, their early blocks computed once), *end to end*
+(pictures in memory to anime: align, crop, encode, synthesise). Each call of *align* and *end to
+end* takes the next pictures, so that their p95 is over pictures too.
+
+Variants: *contiguous* and *channels_last* are the layout of the convolutions' weights; the networks
+make their activations channels_last themselves. *compiled* is channels_last under torch.compile, in
+one graph; it needs a C++ compiler. Its second call must equal eager's (TOLERANCE); where it does
+not, or nothing compiles, the row says so and has no times.
+
+At the resolution of the face generator its trained networks are used, at others random ones of the
+same family: speed does not depend on the weights. Each row is measured in a process of its own.
+Ends with one JSON line. Shape letters: B batch, L layers of w+, D dimension of w, R resolution.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from PIL import Image
+from report import (
+    LOOK,
+    MEMORY,
+    about,
+    console,
+    finish,
+    first_line,
+    in_processes,
+    peak_memory_mb,
+    percentiles,
+    resized,
+    stopwatch,
+)
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from encoder.align import Aligner
+from encoder.model import Encoder
+from encoder.pipeline import Translator
+from generators.checkpoint import load, resolve
+from generators.images import find_images, open_image
+from generators.stylegan2 import Generator
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-2}  # of compiled against eager; values to ±1
+STAGES = ("encode", "face", "anime", "both", "end to end")  # after align
+Variant = Literal["contiguous", "channels_last", "compiled"]
+QUICK: dict[str, Any] = {"resolutions": (64,), "batch_sizes": (1,), "repeats": 5}
+QUICK["variants"] = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Config:
+    resolutions: tuple[int, ...] = (64, 128, 256, 512, 1024)  # R, from 16 up
+    batch_sizes: tuple[int, ...] = (1, 8)
+    variants: tuple[Variant, ...] = ("contiguous", "channels_last", "compiled")
+    device: str = "cpu"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # alignment stays fp32
+    threads: int = 0  # of torch; 0 leaves torch's own choice
+    repeats: int = 20  # timed calls of each row, after two of warm-up
+    pictures: Path = EXAMPLES  # photos of faces; those without one are left out
+    face_generator: str = "face64"  # with the next two: the trained networks
+    anime_generator: str = "anime64"
+    encoder: str = "encoder64"
+    channel_base: int | None = None  # of the random generators; None: the face generator's
+    channel_max: int | None = None
+    output: Path | None = None  # also write the JSON there
+    quick: bool = False  # resolution 64, batch 1, 5 repeats, nothing compiled
+
+    def __post_init__(self) -> None:
+        if min(*self.batch_sizes, self.repeats) < 1 or self.threads < 0:
+            raise ValueError("batch sizes and repeats must be at least 1, threads at least 0")
+        if min(self.resolutions) < 16:
+            raise ValueError("resolutions must be 16 or more: anime begins at the block of 16")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch finds no GPU here; use --device cpu")
+        for name in (self.face_generator, self.anime_generator, self.encoder):
+            resolve(name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a row is about."""
+
+    stage: str
+    resolution: int
+    batch_size: int
+    variant: str
+
+
+def jobs(config: Config) -> Iterator[Job]:
+    yield Job("align", config.resolutions[0], 1, "eager")
+    for r, b in itertools.product(config.resolutions, config.batch_sizes):
+        for stage, variant in itertools.product(STAGES, config.variants):
+            yield Job(stage, r, b, variant)
+
+
+# ----------------------------------------------------------------- what is measured
+
+
+def pictures_with_faces(folder: Path, aligner: Aligner) -> list[Image.Image]:
+    pictures = [open_image(file) for file, _ in find_images(folder)]
+    found = [picture for picture in pictures if aligner.detect(picture)]
+    if not found:
+        raise ValueError(f"there is no face in {folder}; give photos of faces as --pictures")
+    return found
+
+
+def load_networks(config: Config, resolution: int) -> tuple[Generator, Generator, Encoder, str]:
+    """Face, anime, encoder, and "trained" or "random weights"."""
+    face: Generator = load(resolve(config.face_generator), "generator")
+    encoder: Encoder = load(resolve(config.encoder), "encoder")
+    if resolution == face.resolution:
+        return face, load(resolve(config.anime_generator), "generator"), encoder, "trained"
+    torch.manual_seed(0)
+    shape = resized(face.config, resolution, config.channel_base, config.channel_max)
+    face, anime = Generator(shape), Generator(shape)
+    looked = replace(encoder.config, resolution=resolution, num_ws=face.num_ws)
+    return face, anime, Encoder(looked), "random weights"
+
+
+def network_work(translator: Translator, job: Job) -> Callable[[int], Sequence[torch.Tensor]]:
+    """The i-th call of a stage that begins with tensors: always the same random ones."""
+    rng, face = torch.Generator().manual_seed(0), translator.face
+    side = (job.batch_size, 3, translator.crop_size, translator.crop_size)
+    layout = torch.contiguous_format if job.variant == "contiguous" else torch.channels_last
+    images = (2 * torch.rand(side, generator=rng) - 1).to(translator.device, memory_format=layout)
+    spread = torch.randn(job.batch_size, face.num_ws, face.w_dim, generator=rng)
+    ws = face.w_avg + 0.5 * spread.to(translator.device)  # (B, L, D)
+
+    @torch.inference_mode()
+    def reconstruct() -> torch.Tensor:
+        return translator.synthesis.face(ws.to(translator.dtype))
+
+    calls: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
+        "encode": lambda: [translator.encode(images)],
+        "face": lambda: [reconstruct()],
+        "anime": lambda: translator.synthesise(ws)[:1],
+        "both": lambda: [x for x in translator.synthesise(ws, True) if x is not None],
+    }
+    call = calls[job.stage]
+    return lambda i: call()
+
+
+def picture_work(
+    pictures: list[Image.Image], aligner: Aligner, size: int, batch_size: int
+) -> Callable[[int], list[Image.Image]]:
+    """The i-th call aligns the next `batch_size` pictures: crops of size x size."""
+
+    def call(i: int) -> list[Image.Image]:
+        turns = range(i * batch_size, (i + 1) * batch_size)
+        batch = [pictures[turn % len(pictures)] for turn in turns]
+        return [aligner.crop(picture, aligner.detect(picture)[0], size) for picture in batch]
+
+    return call
+
+
+def compile_and_compare(
+    modules: Sequence[torch.nn.Module], work: Callable[[int], Sequence[torch.Tensor]], most: float
+) -> float:
+    """Compiles in place; the largest difference of the second call to eager's.
+
+    Raises RuntimeError, with the reason, if nothing compiles or the difference is above `most`.
+    """
+    expected = [x.clone() for x in work(0)]
+    for module in modules:
+        module.compile(fullgraph=True)
+    try:
+        work(0)
+        second = work(0)
+    except RuntimeError as error:  # what all of torch's compilers raise derives from it
+        kind = type(error).__name__
+        raise RuntimeError(f"does not compile: {kind}, {first_line(error)}") from None
+    pairs = zip(second, expected, strict=True)
+    difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
+    if not difference <= most:  # nor NaN
+        raise RuntimeError(f"second call is {difference:.2g} off eager's, more than {most:g}")
+    return difference
+
+
+def measure(config: Config, job: Job) -> dict[str, Any]:
+    """The figures of one row, in this process."""
+    device = torch.device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    figures: dict[str, Any] = {}
+    work: Callable[[int], Sequence[Any]]
+    if job.stage in ("align", "end to end"):
+        aligner = Aligner(device)
+        pictures = pictures_with_faces(config.pictures, aligner)
+    if job.stage == "align":
+        work = picture_work(pictures, aligner, job.resolution, job.batch_size)
+    else:
+        face, anime, encoder, figures["weights"] = load_networks(config, job.resolution)
+        translator = Translator(face, anime, encoder, device=device, dtype=DTYPES[config.dtype])
+        if job.variant == "contiguous":
+            for network in (translator.encoder, translator.synthesis):
+                network.to(memory_format=torch.contiguous_format)
+        if job.stage == "end to end":
+            align = picture_work(pictures, aligner, translator.crop_size, job.batch_size)
+
+            def work(i: int) -> Sequence[Any]:
+                images = translator.prepare(align(i))
+                return translator.synthesise(translator.encode(images))[:1]
+
+        else:
+            work = network_work(translator, job)
+        if job.variant == "compiled":
+            modules = {
+                "encode": [translator.encoder],
+                "face": [translator.synthesis.face],
+                "end to end": [translator.encoder, translator.synthesis],
+            }.get(job.stage, [translator.synthesis])
+            figures["difference"] = compile_and_compare(modules, work, TOLERANCE[config.dtype])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    turn = itertools.count()
+    seconds = stopwatch(lambda: work(next(turn)), config.repeats, device)
+    figures |= percentiles(seconds)
+    figures["images_per_second"] = round(1000 * job.batch_size / figures["p50_ms"], 2)
+    return figures | {"peak_memory_mb": peak_memory_mb(device)}
+
+
+# --------------------------------------------------------------------------- report
+
+
+def row_of(config: Config, job: Job) -> dict[str, Any]:
+    """What was asked and the figures, or the `reason` why there are none."""
+    try:
+        [figures] = in_processes(measure, config, job)
+    except RuntimeError as error:
+        figures = {"reason": first_line(error)}
+    return asdict(job) | figures
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table, and under it the reasons of rows without figures."""
+    table = Table("stage", "R", "B", "variant", "weights", **LOOK)
+    for name in ("p50 ms", "p95 ms", "images/s", "peak MB"):
+        table.add_column(name, justify="right")
+    if compared := any("difference" in row for row in rows):
+        table.add_column("off eager", justify="right")
+    keys = ("p50_ms", "p95_ms", "images_per_second", "peak_memory_mb")
+    for row in rows:
+        asked = [str(row[key]) for key in ("stage", "resolution", "batch_size", "variant")]
+        figures = [f"{row[key]:.1f}" if key in row else "–" for key in keys]
+        off = [f"{row['difference']:.0e}" if "difference" in row else ""] * compared
+        weights = row.get("weights", "").removesuffix(" weights")
+        table.add_row(
+            *asked, weights, *figures, *off, end_section=row["variant"] == rows[-1]["variant"]
+        )
+    console.print(table)
+    for row in rows:
+        if "reason" in row:
+            asked = (
+                f"{row['stage']}, {row['resolution']}², B = {row['batch_size']}, {row['variant']}"
+            )
+            console.print(f"{asked}: {row['reason']}", style="red", markup=False)
+
+
+def main() -> None:
+    try:
+        config = tyro.cli(Config, description=__doc__)
+        config = replace(config, **QUICK) if config.quick else config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        report = about("latency", sys.argv[1:])
+        [imports] = in_processes(peak_memory_mb)
+        todo = list(jobs(config))
+        rows = [row_of(config, job) for job in track(todo, "rows", console=console)]
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]{error}[/red]")
+        raise SystemExit(2) from None
+    show(rows)
+    report |= {"device": config.device, "dtype": config.dtype, "repeats": config.repeats,
+               "memory": f"{MEMORY}; compiled rows hold the compiler too",
+               "memory_of_imports_mb": imports, "rows": rows}  # fmt: skip
+    finish(report, config.output)
+
+
+if __name__ == "__main__":
+    main()

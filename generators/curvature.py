@@ -1,0 +1,148 @@
+"""How strongly a generator's picture answers to each direction of w+, measured once for all faces.
+
+    python -m generators.curvature face.safetensors face_curvature.safetensors
+    curvature = load(resolve("curvature64"), "curvature")
+    ws = start + curvature.offsets(u)                   # u (B, L * D): all directions alike steep
+
+The pullback metric of the synthesis network is nearly the same everywhere and very uneven: a few
+hundred directions carry it (Wang and Ponce 2021, arXiv:2101.06006, sections 3 and 4, who use its
+eigenvectors to speed up inversion). Here it is Jᵀ J of the picture in w+, averaged over faces,
+found with random cotangents v of unit variance, E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one
+backward pass. Kept: the largest eigenvalues and the mean of the others.
+
+Shape letters: B batch, L layers of w+, D dimension of w, K rank, N probes, R resolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
+
+from generators import checkpoint
+from generators.runs import frozen, seed_of
+from generators.stylegan2 import Generator
+
+DAMPING = 3e-3  # added to eigenvalues relative to the largest: flat directions stay slow
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class CurvatureConfig:
+    num_ws: int  # L
+    w_dim: int  # D
+    rank: int = 256  # K, eigenvectors kept; fewer where w+ has fewer dimensions
+
+    def __post_init__(self) -> None:
+        if min(self.num_ws, self.w_dim, self.rank) < 1:
+            raise ValueError("num_ws, w_dim and rank must be 1 or more")
+        object.__setattr__(self, "rank", min(self.rank, self.num_ws * self.w_dim))
+
+
+class Curvature(nn.Module):
+    """Eigenvectors and eigenvalues of the mean metric of w+, the largest eigenvalue being 1."""
+
+    basis: Tensor
+    values: Tensor
+    rest: Tensor
+
+    def __init__(self, config: CurvatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.num_ws * config.w_dim
+        self.register_buffer("basis", torch.zeros(config.rank, size))  # orthonormal rows
+        self.register_buffer("values", torch.zeros(config.rank))
+        self.register_buffer("rest", torch.zeros([]))  # the mean of the other eigenvalues
+
+    def offsets(self, u: Tensor) -> Tensor:
+        """u (B, L * D) -> offsets in w+ (B, L, D): u times the metric's inverse square root.
+
+        In u the mean metric is close to the identity, so that descent goes everywhere equally
+        fast; the steepest direction is as in w+.
+        """
+        flat = (self.rest + DAMPING).rsqrt()
+        stretch = (self.values + DAMPING).rsqrt() - flat  # (K,)
+        w = flat * u + ((u @ self.basis.T) * stretch) @ self.basis
+        return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
+
+    def of_one_w(self) -> Curvature:
+        """The metric of w (L = 1), the same w going to every layer."""
+        layers, size = self.config.num_ws, self.config.w_dim
+        rows = self.basis.view(-1, layers, size).sum(dim=1)  # (K, D)
+        # the other eigenvalues' part is not known by direction: `rest` times what the kept leave
+        metric = (rows.T * (self.values - self.rest)) @ rows
+        metric = metric + layers * self.rest * torch.eye(size).to(metric)
+        values, vectors = torch.linalg.eigh(metric)
+        result = Curvature(CurvatureConfig(1, size, size)).to(rows)
+        result.basis.copy_(vectors.T)
+        result.values.copy_((values / values[-1]).clamp(min=0))
+        return result
+
+
+@torch.no_grad()
+def measure(
+    generator: Generator,
+    probes: int = 2000,  # N, one backward pass each
+    rank: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Curvature:
+    """The mean metric of a generator's pictures in w+, at faces of random z."""
+    if probes < 1:
+        raise ValueError("give at least one probe")
+    rng = torch.Generator().manual_seed(seed_of(seed, "curvature"))
+    device, rows = generator.w_avg.device, []
+    for first in range(0, probes, batch_size):
+        z = torch.randn(min(batch_size, probes - first), generator.z_dim, generator=rng)
+        ws = generator.map(z.to(device)).requires_grad_()
+        with torch.enable_grad():
+            images = generator.synthesis(ws)
+            cotangent = torch.randn(images.shape, generator=rng).to(images)
+            rows.append(torch.autograd.grad(images, ws, cotangent)[0].flatten(1))
+    samples = torch.cat(rows)  # (N, L * D)
+    rank = min(rank, *samples.shape)
+    curvature = Curvature(CurvatureConfig(generator.num_ws, generator.w_dim, rank)).to(device)
+    _, singular, basis = torch.linalg.svd(samples, full_matrices=False)
+    values = singular.square()
+    others = max(samples.shape[1] - rank, 1)
+    curvature.basis.copy_(basis[:rank])
+    curvature.values.copy_(values[:rank] / values[0])
+    curvature.rest.copy_(values[rank:].sum() / values[0] / others)
+    return curvature
+
+
+checkpoint.KINDS["curvature"] = (CurvatureConfig, Curvature)
+
+
+def curvature_of(generator: str | Path, given: str | Path | None = None) -> Curvature | None:
+    """The curvature `given`, a bundled name or a file, or the bundled one of a bundled generator;
+    None where there is neither."""
+    if given is None and str(generator) == "face64":
+        given = "curvature64"
+    return None if given is None else checkpoint.load(checkpoint.resolve(given), "curvature")
+
+
+def main(source: str, target: Path, probes: int = 2000, rank: int = 256, seed: int = 0) -> None:
+    """Measures the generator SOURCE, a bundled name or a file, and writes TARGET in half precision.
+
+    probes: backward passes; rank: eigenvectors kept
+    """
+    try:
+        path = checkpoint.resolve(source)
+        generator = frozen(checkpoint.load(path, "generator"))
+        origin = checkpoint.read_metadata(path)["provenance"]
+        curvature = measure(generator, probes, rank, seed=seed)
+        note = {"measured_on": path.stem, "probes": str(probes), "seed": str(seed)}
+        checkpoint.save(target, curvature, provenance=origin | note, half=True)
+    except ValueError as error:
+        console.print(f"[red]{error}[/red]")
+        raise SystemExit(2) from None
+    console.print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))

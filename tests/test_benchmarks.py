@@ -1,0 +1,174 @@
+"""The benchmarks of speed on tiny networks: rows for what was asked, figures that agree.
+
+pytest tests/test_benchmarks.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import latency
+import pytest
+import report
+import torch
+import training
+
+from encoder.model import Encoder, EncoderConfig
+from generators.checkpoint import save
+from generators.images import open_image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CPU = torch.device("cpu")
+SMALL = ("--channel-base", "128", "--channel-max", "8", "--threads", "1", "--repeats", "3")
+
+
+@pytest.fixture
+def networks(tmp_path, face, anime) -> list[str]:
+    """The options that name three tiny networks of 16 x 16, and a small photo of a face."""
+    torch.manual_seed(5)
+    shape = EncoderConfig("mobilenetv3_small_050", 16, num_ws=6, w_dim=8, width=16, depth=1)
+    modules = {"face-generator": face, "anime-generator": anime, "encoder": Encoder(shape)}
+    options = []
+    for option, module in modules.items():
+        file = tmp_path / f"{option}.safetensors"
+        save(file, module)
+        options += [f"--{option}", str(file)]
+    (tmp_path / "photos").mkdir()
+    open_image(EXAMPLES / "astronaut.jpg").resize((192, 192)).save(tmp_path / "photos" / "a.png")
+    return [*options, "--pictures", str(tmp_path / "photos")]
+
+
+def run(script, arguments, tmp_path, monkeypatch, capsys) -> dict:
+    """main() in this process -> the report, printed and written alike."""
+    file = tmp_path / "out" / "report.json"
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments, "--output", str(file)])
+    script.main()
+    written = json.loads(file.read_text())
+    assert written == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert str(tmp_path) not in file.read_text()
+    return written
+
+
+def check(row: dict, images: int, imports: float) -> None:
+    assert "reason" not in row
+    assert 0 < row["p50_ms"] <= row["p95_ms"]
+    rate = 1000 * images / row["p50_ms"]
+    assert row["images_per_second"] == pytest.approx(rate, rel=0.01, abs=0.006)
+    assert imports < row["peak_memory_mb"] < imports + 2000  # MB
+
+
+# ------------------------------------------------------------------------------ stopwatch
+
+
+def test_the_stopwatch_leaves_the_warm_up_out():
+    calls = []
+    assert len(report.stopwatch(lambda: calls.append(1), 5, CPU, warm_up=2)) == 5
+    assert len(calls) == 7
+
+
+def test_percentiles_are_milliseconds():
+    assert report.percentiles([0.003, 0.001, 0.002]) == {"p50_ms": 2.0, "p95_ms": 2.9}
+    assert report.percentiles([0.004]) == {"p50_ms": 4.0, "p95_ms": 4.0}
+
+
+def test_a_process_has_a_peak_of_its_own():
+    ballast = torch.ones(2**27)  # 512 MB that only this process holds
+    [peak] = report.in_processes(report.peak_memory_mb)
+    assert 50 < peak < report.peak_memory_mb() - 400 and len(ballast)
+
+
+# -------------------------------------------------------------------------------- latency
+
+
+def test_latency_measures_every_stage(networks, tmp_path, monkeypatch, capsys):
+    asked = ("--resolutions", "16", "--batch-sizes", "2", "--variants", "channels_last")
+    made = run(latency, [*networks, *SMALL, *asked], tmp_path, monkeypatch, capsys)
+    rows = {row["stage"]: row for row in made["rows"]}
+    assert list(rows) == ["align", *latency.STAGES] and len(made["rows"]) == 6
+    for stage, row in rows.items():
+        check(row, 1 if stage == "align" else 2, made["memory_of_imports_mb"])
+
+
+@pytest.fixture
+def config(networks, monkeypatch) -> latency.Config:
+    """Rows are measured in this process."""
+    monkeypatch.setattr(latency, "in_processes", lambda f, *arguments: [f(*arguments)])
+    names = [option[2:].replace("-", "_") for option in networks[::2]]
+    values: dict[str, Any] = dict(zip(names, networks[1::2], strict=True))
+    values["pictures"] = Path(values["pictures"])
+    return latency.Config(threads=1, repeats=2, channel_base=128, channel_max=8, **values)
+
+
+def test_other_resolutions_have_random_weights(config):
+    for variant in ("contiguous", "channels_last"):
+        row = latency.row_of(config, latency.Job("both", 32, 2, variant))
+        assert row["weights"] == "random weights" and row["resolution"] == 32
+        check(row, 2, 0)
+
+
+def test_a_compiled_row_says_its_difference_or_why_it_has_no_times(config, monkeypatch):
+    job = latency.Job("both", 16, 1, "compiled")
+    offsets: list[float] = []  # of the compiled network's calls, in turn
+
+    def compile(module, fullgraph):
+        assert fullgraph
+        module.register_forward_hook(lambda _, x, y: tuple(z + offsets.pop(0) for z in y))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    offsets += [0.0] * 100
+    row = latency.row_of(config, job)
+    assert row["difference"] == 0 and row["p50_ms"] > 0
+    offsets[:] = [0.0, 0.0, 0.25, 0.25]  # the second call is wrong
+    row = latency.row_of(config, job)
+    assert "second call is 0.25 off" in row["reason"] and "p50_ms" not in row
+    offsets[:] = [float("nan")] * 4
+    assert "second call is nan off" in latency.row_of(config, job)["reason"]
+
+    def no_compiler(module, fullgraph):
+        def fail(*_):
+            raise RuntimeError("no /usr/bin/g++ here\nand more")
+
+        module.register_forward_pre_hook(fail)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    row = latency.row_of(config, job)
+    assert row["reason"] == "does not compile: RuntimeError, no g++ here" and "p50_ms" not in row
+
+
+def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    for script, options, sentence in (
+        (latency, ["--batch-sizes", "0"], "at least 1"),
+        (latency, ["--resolutions", "8"], "16 or more"),
+        (training, ["--backbones", "resnet19"], "timm knows no resnet19"),
+        (training, ["--face-generator", "nowhere"], "nowhere"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script.py", *options])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_training_measures_steps_of_one_and_two_processes(networks, tmp_path, monkeypatch, capsys):
+    arguments = [*networks[:2], *SMALL, "--backbones", "mobilenetv3_small_050", "--batch-size", "4"]
+    arguments += ["--resolutions", "32", "--precisions", "fp32", "--processes", "1", "2"]
+    made = run(training, arguments, tmp_path, monkeypatch, capsys)
+    asked = [(row["resolution"], row["processes"], row["generator"]) for row in made["rows"]]
+    assert asked == [(32, n, "random weights") for n in (1, 2)]
+    for row in made["rows"]:
+        check(row, 4 * row["processes"], made["memory_of_imports_mb"])
+        assert row["threads"] == 1 and row["loss"] > 0
+
+
+def test_the_generator_at_its_own_resolution_is_the_trained_one(networks, tmp_path):
+    config = training.Config(face_generator=networks[1])
+    assert training.generator_file(config, 16, tmp_path) == (networks[1], "trained")
+
+
+def test_what_a_device_cannot_do_is_said_in_the_row(tmp_path):
+    row = training.row_of(training.Config(), training.Job("resnet18d", 64, "fp16", 1), tmp_path)
+    assert row["reason"] == "fp16 training needs a GPU" and "p50_ms" not in row

@@ -1,0 +1,75 @@
+"""The metric of w+, measured against the Jacobian itself.
+
+pytest tests/test_curvature.py
+"""
+
+import pytest
+import torch
+
+from generators import checkpoint
+from generators.curvature import DAMPING, Curvature, curvature_of, main, measure
+
+
+def dense(curvature: Curvature) -> torch.Tensor:
+    """What it stands for, as a matrix."""
+    size = curvature.basis.shape[1]
+    low = (curvature.basis.T * (curvature.values - curvature.rest)) @ curvature.basis
+    return low + curvature.rest * torch.eye(size)
+
+
+def test_it_is_the_metric_of_the_synthesis(face):
+    face.mapping.get_submodule("fc1").weight.zero_()  # every z gives one w, hence one Jacobian
+    ws = face.map(torch.zeros(1, face.z_dim))[0]
+    jacobian = torch.autograd.functional.jacobian(lambda w: face.synthesis(w[None]), ws)
+    exact = jacobian.reshape(-1, 48).T @ jacobian.reshape(-1, 48)
+    exact /= torch.linalg.eigvalsh(exact)[-1]
+    curvature = measure(face, probes=4000, rank=48)
+    assert (dense(curvature) - exact).norm() < 0.1 * exact.norm()
+    rows = curvature.basis
+    torch.testing.assert_close(rows @ rows.T, torch.eye(48), atol=1e-4, rtol=0)
+    assert curvature.values[0] == 1 and (curvature.values.diff() <= 0).all()
+
+
+def test_offsets_undo_it(face):
+    curvature = measure(face, probes=400, rank=20)
+    root = curvature.offsets(torch.eye(48)).flatten(1)  # symmetric
+    whitened = root @ (dense(curvature) + DAMPING * torch.eye(48)) @ root
+    torch.testing.assert_close(whitened, torch.eye(48), atol=1e-3, rtol=0)
+
+
+def test_of_one_w_is_the_metric_of_equal_layers(face):
+    curvature = measure(face, probes=400, rank=48)
+    same = torch.eye(8).repeat(1, 6)  # (D, L D): one w to every layer
+    expected = same @ dense(curvature) @ same.T
+    found = dense(curvature.of_one_w())
+    torch.testing.assert_close(
+        found, expected / torch.linalg.eigvalsh(expected)[-1], atol=1e-4, rtol=0
+    )
+
+
+def test_the_seed_decides(face):
+    a, b = (measure(face, probes=40, rank=8, seed=s).values for s in (0, 0))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, measure(face, probes=40, rank=8, seed=1).values)
+    with pytest.raises(ValueError, match="probe"):
+        measure(face, probes=0)
+
+
+def test_command_writes_a_checkpoint(face, tmp_path, capsys):
+    checkpoint.save(tmp_path / "face.safetensors", face, provenance={"licence": "mine"})
+    target = tmp_path / "curvature.safetensors"
+    main(str(tmp_path / "face.safetensors"), target, probes=40, rank=8)
+    loaded = curvature_of("other", target)
+    assert loaded is not None and loaded.basis.shape == (8, 48)
+    assert checkpoint.read_metadata(target)["provenance"]["licence"] == "mine"
+    with pytest.raises(SystemExit) as stopped:
+        main(str(tmp_path / "none.safetensors"), target)
+    assert stopped.value.code == 2
+
+
+def test_the_bundled_one_is_of_the_bundled_face():
+    curvature, face = curvature_of("face64"), checkpoint.resolve("face64")
+    assert curvature is not None
+    generator = checkpoint.load(face, "generator")
+    assert curvature.basis.shape == (256, generator.num_ws * generator.w_dim)
+    assert curvature_of("mine.safetensors") is None
