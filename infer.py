@@ -37,6 +37,7 @@ from encoder.pipeline import FilesConfig, Item, Translator, translate
 from generators import checkpoint
 from generators.curvature import curvature_of
 from generators.images import find_images, result_names
+from generators.principal import DEVIATIONS
 from generators.runs import write_atomically
 from generators.superres import SuperResolution
 
@@ -54,6 +55,7 @@ class InferConfig(FilesConfig):
     superres: str = "superres64"  # enlarges to a --size above the generator's own; or: bicubic
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     truncation: float = 1.0  # below 1: closer to the average face
+    style_limit: float = DEVIATIONS  # lower: cleaner drawings, higher (or inf): more of the photo
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
     curvature: str | None = None  # of the face generator, for refining; face64 has curvature64
     align: bool = True  # off: the pictures are aligned crops already
@@ -132,6 +134,7 @@ def load(config: InferConfig, device: torch.device) -> Translator:
         dtype=DTYPES[config.dtype],
         aligner=Aligner("cpu" if device.type == "mps" else device) if config.align else None,
         truncation=config.truncation,
+        style_limit=config.style_limit,
         refine_steps=config.refine_steps,
         curvature=curvature_of(config.face_generator, config.curvature),
         superres=load_superres(config),

@@ -30,7 +30,6 @@ import torch
 import tyro
 from PIL import Image
 from report import (
-    LOOK,
     MEMORY,
     about,
     console,
@@ -40,11 +39,12 @@ from report import (
     peak_memory_mb,
     percentiles,
     resized,
+    speed_table,
+    speeds,
     stopwatch,
 )
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from encoder.align import Aligner
 from encoder.model import Encoder
@@ -248,19 +248,15 @@ def row_of(config: Config, job: Job) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """A table, and under it the reasons of rows without figures."""
-    table = Table("stage", "R", "B", "variant", "weights", **LOOK)
-    for name in ("p50 ms", "p95 ms", "images/s", "peak MB"):
-        table.add_column(name, justify="right")
+    table = speed_table("stage", "R", "B", "variant", "weights")
     if compared := any("difference" in row for row in rows):
         table.add_column("off eager", justify="right")
-    keys = ("p50_ms", "p95_ms", "images_per_second", "peak_memory_mb")
     for row in rows:
         asked = [str(row[key]) for key in ("stage", "resolution", "batch_size", "variant")]
-        figures = [f"{row[key]:.1f}" if key in row else "–" for key in keys]
         off = [f"{row['difference']:.0e}" if "difference" in row else ""] * compared
         weights = row.get("weights", "").removesuffix(" weights")
         table.add_row(
-            *asked, weights, *figures, *off, end_section=row["variant"] == rows[-1]["variant"]
+            *asked, weights, *speeds(row), *off, end_section=row["variant"] == rows[-1]["variant"]
         )
     console.print(table)
     for row in rows:

@@ -23,12 +23,13 @@ from report import about, finish
 from rich.console import Console
 from rich.table import Table
 
-from generators.checkpoint import load, resolve
+from generators.checkpoint import load_one_of, resolve
 from generators.data import first_pictures, open_dataset
 from generators.distances import compare, draw, feature_space, kernel_distance, pooled_features
 from generators.images import grid
 
 console = Console()
+KINDS = ("generator", "dcgan")
 SHEET = 96  # samples in the picture, at truncation 0.8
 
 
@@ -48,7 +49,7 @@ class Config:
 
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """One row for each generator, truncation and space."""
-    networks = {Path(g).stem: load(resolve(g), "generator") for g in config.generators}
+    networks = {Path(g).stem: load_one_of(resolve(g), KINDS) for g in config.generators}
     resolution = next(iter(networks.values())).resolution
     held_out = first_pictures(open_dataset(config.data, resolution), config.samples)
     rows = []
@@ -81,7 +82,7 @@ def main() -> None:
     console.print(table)
     if config.picture is not None:
         config.picture.parent.mkdir(parents=True, exist_ok=True)
-        network = load(resolve(config.generators[0]), "generator").to(config.device)
+        network = load_one_of(resolve(config.generators[0]), KINDS).to(config.device)
         samples = torch.cat(list(draw(network, SHEET, config.seed, truncation=0.8)))
         grid(samples.cpu(), columns=16).save(config.picture)
     finish(

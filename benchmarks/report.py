@@ -26,13 +26,15 @@ from typing import Any, TypeVar
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 from encoder.pipeline import clock
 from generators.stylegan2 import GeneratorConfig
 
 T = TypeVar("T")
 LIBRARIES = ["torch", "timm", "facenet_pytorch", "accelerate", "tyro", "encoder.players"]
-LOOK: dict[str, Any] = {"box": SIMPLE, "pad_edge": False, "collapse_padding": True}  # of tables
+SPEED = {"p50 ms": "p50_ms", "p95 ms": "p95_ms", "images/s": "images_per_second",
+         "peak MB": "peak_memory_mb"}  # columns of a table, and what a row calls them  # fmt: skip
 console = Console(width=None if sys.stdout.isatty() else 100)  # rich would take 80 for a file's
 MEMORY = (
     "peak_memory_mb: on the CPU the peak resident memory of a process that measured this row only, "
@@ -119,6 +121,19 @@ def in_processes(function: Callable[..., T], *arguments: Any, count: int = 1) ->
     with ProcessPoolExecutor(count, mp_context=context) as pool:
         jobs = [pool.submit(_as_rank, i, count, port, function, arguments) for i in range(count)]
         return [job.result() for job in jobs]
+
+
+def speed_table(*asked: str) -> Table:
+    """With a column for each name, and those of SPEED."""
+    table = Table(*asked, box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for name in SPEED:
+        table.add_column(name, justify="right")
+    return table
+
+
+def speeds(row: dict[str, Any]) -> list[str]:
+    """A row's figures in those columns; a dash for what it does not have."""
+    return [f"{row[key]:.1f}" if key in row else "–" for key in SPEED.values()]
 
 
 def first_line(error: Exception) -> str:

@@ -28,7 +28,6 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
 from report import (
-    LOOK,
     MEMORY,
     about,
     console,
@@ -38,11 +37,12 @@ from report import (
     peak_memory_mb,
     percentiles,
     resized,
+    speed_table,
+    speeds,
     stopwatch,
 )
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from encoder.players import EncoderTrainConfig, Players
 from generators.checkpoint import load, resolve, save
@@ -173,15 +173,11 @@ def row_of(config: Config, job: Job, folder: Path) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], batch_size: int) -> None:
-    table = Table("backbone", "R", "generator", "precision", "processes", **LOOK)
-    for name in ("p50 ms", "p95 ms", "images/s", "peak MB"):
-        table.add_column(name, justify="right")
-    keys = ("p50_ms", "p95_ms", "images_per_second", "peak_memory_mb")
+    table = speed_table("backbone", "R", "generator", "precision", "processes")
     for row in rows:
         weights = row.get("generator", "").removesuffix(" weights")
         asked = (row["backbone"], row["resolution"], weights, row["precision"], row["processes"])
-        figures = [f"{row[key]:.1f}" if key in row else "–" for key in keys]
-        table.add_row(*map(str, asked), *figures)
+        table.add_row(*map(str, asked), *speeds(row))
     console.print(table)
     console.print(f"{batch_size} pictures a step in each process")
     for reason in dict.fromkeys(row["reason"] for row in rows if "reason" in row):

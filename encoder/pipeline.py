@@ -36,6 +36,7 @@ from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, resolve
 from generators.curvature import Curvature, curvature_of
 from generators.images import fit, grid, open_image, resize, to_float
+from generators.principal import DEVIATIONS
 from generators.runs import frozen, write_atomically
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
@@ -67,6 +68,7 @@ class Translator:
         dtype: torch.dtype = torch.float32,  # or float16, bfloat16; refinement and w+ stay float32
         aligner: Aligner | None = None,  # None: crops only, `faces` is refused
         truncation: float = 1.0,  # 1: the latent as found, 0: the average face
+        style_limit: float = DEVIATIONS,  # of what anime's blocks get; see generators.principal
         refine_steps: int = 0,  # of latent optimisation, after the encoder
         curvature: Curvature | None = None,  # of `face`; refinement is faster with it
         superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
@@ -87,7 +89,7 @@ class Translator:
         self.crop_size = max(face.resolution, encoder.config.resolution)  # S
         self.face: Generator = self._placed(face)
         self.encoder: Encoder = self._placed(encoder)
-        swapped = SwappedSynthesis(self.face, anime, swap_resolution)
+        swapped = SwappedSynthesis(self.face, anime, swap_resolution, style_limit)
         if dtype != torch.float32:
             swapped = copy.deepcopy(swapped).to(dtype)  # the given networks keep their precision
         self.synthesis: SwappedSynthesis = self._placed(swapped)

@@ -11,6 +11,7 @@ w, Z dimension of z, R resolution, S side of a crop.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,9 @@ def last_blocks(face: Generator, anime: Generator, n: int) -> Draw:
     resolutions = face.config.block_resolutions
     if not 0 <= n <= len(resolutions):
         raise ValueError(f"there are {len(resolutions)} blocks; {n} of them cannot be swapped")
-    return SwappedSynthesis(face, anime, resolutions[-n]) if n else face.synthesis
+    if n == 0:
+        return face.synthesis
+    return SwappedSynthesis(face, anime, resolutions[-n], style_limit=math.inf)
 
 
 @dataclass(frozen=True)

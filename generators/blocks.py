@@ -29,6 +29,7 @@ from generators import checkpoint
 from generators.discriminator import Discriminator
 from generators.features import read_state
 from generators.images import find_files, grid, resize
+from generators.principal import DEVIATIONS, StyleLimit
 from generators.runs import write_atomically
 from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
 
@@ -120,11 +121,20 @@ def _mix(face: Generator, anime: Generator, share: Callable[[int], float]) -> Ge
 class SwappedSynthesis(nn.Module):
     """The synthesis of `swap(face, anime, from_resolution)`, and with `both` also that of `face`,
     for the price of the late blocks: the early ones are computed once. The weights are shared
-    with the two generators, not copied."""
+    with the two generators, not copied. The late blocks of `anime` get w limited to `style_limit`
+    standard deviations (inf: as given), see `generators.principal`."""
 
-    def __init__(self, face: Generator, anime: Generator, from_resolution: int) -> None:
+    def __init__(
+        self,
+        face: Generator,
+        anime: Generator,
+        from_resolution: int,
+        style_limit: float = DEVIATIONS,
+    ) -> None:
         super().__init__()
         _check_pair(face, anime, from_resolution)
+        unlimited = style_limit == math.inf
+        self.limit = nn.Identity() if unlimited else StyleLimit(face, from_resolution, style_limit)
         self.face = face.synthesis
         self.anime = anime.synthesis
         resolutions = face.config.block_resolutions
@@ -151,7 +161,7 @@ class SwappedSynthesis(nn.Module):
         x = image = None
         if self.early:
             x, image = self.face.run_blocks(self.early, None, None, ws, noise_mode)
-        anime = self.anime.run_blocks(self.late, x, image, ws, noise_mode)[1]
+        anime = self.anime.run_blocks(self.late, x, image, self.limit(ws), noise_mode)[1]
         if not both:
             return anime
         return self.face.run_blocks(self.late, x, image, ws, noise_mode)[1], anime
@@ -215,9 +225,11 @@ def swap_grid(
 
 
 def labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """The picture with a line of text above each of len(labels) columns of equal width."""
+    """The picture with a line of text above each of len(labels) columns of equal width, in the
+    largest letters of 8 to 16 px that let all of them fit."""
     width = picture.width / len(labels)
-    size = max(8.0, min(16.0, width / 5))
+    longest = max(1.0, *(ImageFont.load_default(16).getlength(label) for label in labels))
+    size = max(8.0, min(16.0, 16 * 0.95 * width / longest))
     result = Image.new("RGB", (picture.width, picture.height + round(1.6 * size)), "white")
     result.paste(picture, (0, result.height - picture.height))
     font, draw = ImageFont.load_default(size), ImageDraw.Draw(result)

@@ -1,14 +1,16 @@
 """How strongly a generator's picture answers to each direction of w+, measured once for all faces.
 
     python -m generators.curvature face.safetensors face_curvature.safetensors
+    python -m generators.curvature … --latents latents/  # at photos, where a search will be
     curvature = load(resolve("curvature64"), "curvature")
     ws = start + curvature.offsets(u)                   # u (B, L * D): all directions alike steep
 
 The pullback metric of the synthesis network is nearly the same everywhere and very uneven: a few
 hundred directions carry it (Wang and Ponce 2021, arXiv:2101.06006, sections 3 and 4, who use its
-eigenvectors to speed up inversion). Here it is Jᵀ J of the picture in w+, averaged over faces,
-found with random cotangents v of unit variance, E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one
-backward pass. Kept: the largest eigenvalues and the mean of the others.
+eigenvectors to speed up inversion). Here it is Jᵀ J of the picture in w+, averaged over faces, of
+random z or of photos, whose w+ lies elsewhere; found with random cotangents v of unit variance,
+E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one backward pass. Kept: the largest eigenvalues and the
+mean of the others.
 
 Shape letters: B batch, L layers of w+, D dimension of w, K rank, N probes, R resolution.
 """
@@ -24,10 +26,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from generators import checkpoint
+from generators.blocks import read_ws
 from generators.runs import frozen, seed_of
 from generators.stylegan2 import Generator
 
-DAMPING = 3e-3  # added to eigenvalues relative to the largest: flat directions stay slow
+DAMPING_OF_ONE_W = 1e-2  # its eigenvalues are less spread (benchmarks/LOG.md)
 console = Console(stderr=True)
 
 
@@ -36,6 +39,7 @@ class CurvatureConfig:
     num_ws: int  # L
     w_dim: int  # D
     rank: int = 256  # K, eigenvectors kept; fewer where w+ has fewer dimensions
+    damping: float = 1e-3  # added to eigenvalues, the largest being 1: flat directions stay slow
 
     def __post_init__(self) -> None:
         if min(self.num_ws, self.w_dim, self.rank) < 1:
@@ -64,8 +68,9 @@ class Curvature(nn.Module):
         In u the mean metric is close to the identity, so that descent goes everywhere equally
         fast; the steepest direction is as in w+.
         """
-        flat = (self.rest + DAMPING).rsqrt()
-        stretch = (self.values + DAMPING).rsqrt() - flat  # (K,)
+        damping = self.config.damping
+        flat = (self.rest + damping).rsqrt()
+        stretch = (self.values + damping).rsqrt() - flat  # (K,)
         w = flat * u + ((u @ self.basis.T) * stretch) @ self.basis
         return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
 
@@ -77,7 +82,7 @@ class Curvature(nn.Module):
         metric = (rows.T * (self.values - self.rest)) @ rows
         metric = metric + layers * self.rest * torch.eye(size).to(metric)
         values, vectors = torch.linalg.eigh(metric)
-        result = Curvature(CurvatureConfig(1, size, size)).to(rows)
+        result = Curvature(CurvatureConfig(1, size, size, DAMPING_OF_ONE_W)).to(rows)
         result.basis.copy_(vectors.T)
         result.values.copy_((values / values[-1]).clamp(min=0))
         return result
@@ -90,15 +95,21 @@ def measure(
     rank: int = 256,
     batch_size: int = 16,
     seed: int = 0,
+    latents: Tensor | None = None,  # ws (M, L, D) of faces to measure at; None: of random z
 ) -> Curvature:
-    """The mean metric of a generator's pictures in w+, at faces of random z."""
+    """The mean metric of a generator's pictures in w+."""
     if probes < 1:
         raise ValueError("give at least one probe")
     rng = torch.Generator().manual_seed(seed_of(seed, "curvature"))
     device, rows = generator.w_avg.device, []
     for first in range(0, probes, batch_size):
-        z = torch.randn(min(batch_size, probes - first), generator.z_dim, generator=rng)
-        ws = generator.map(z.to(device)).requires_grad_()
+        count = min(batch_size, probes - first)
+        if latents is None:
+            z = torch.randn(count, generator.z_dim, generator=rng)
+            ws = generator.map(z.to(device)).requires_grad_()
+        else:
+            chosen = torch.randint(len(latents), (count,), generator=rng)
+            ws = latents[chosen].to(device).requires_grad_()
         with torch.enable_grad():
             images = generator.synthesis(ws)
             cotangent = torch.randn(images.shape, generator=rng).to(images)
@@ -126,17 +137,27 @@ def curvature_of(generator: str | Path, given: str | Path | None = None) -> Curv
     return None if given is None else checkpoint.load(checkpoint.resolve(given), "curvature")
 
 
-def main(source: str, target: Path, probes: int = 2000, rank: int = 256, seed: int = 0) -> None:
+def main(
+    source: str,
+    target: Path,
+    latents: Path | None = None,
+    probes: int = 2000,
+    rank: int = 256,
+    seed: int = 0,
+) -> None:
     """Measures the generator SOURCE, a bundled name or a file, and writes TARGET in half precision.
 
+    latents: a file or folder of ws, an encoder's of photos, to measure at; none: at random z
     probes: backward passes; rank: eigenvectors kept
     """
     try:
         path = checkpoint.resolve(source)
         generator = frozen(checkpoint.load(path, "generator"))
         origin = checkpoint.read_metadata(path)["provenance"]
-        curvature = measure(generator, probes, rank, seed=seed)
-        note = {"measured_on": path.stem, "probes": str(probes), "seed": str(seed)}
+        ws = None if latents is None else read_ws(latents, generator)
+        curvature = measure(generator, probes, rank, seed=seed, latents=ws)
+        where = "random z" if ws is None else f"{len(ws)} latents of photos"
+        note = {"measured_on": path.stem, "at": where, "probes": str(probes), "seed": str(seed)}
         checkpoint.save(target, curvature, provenance=origin | note, half=True)
     except ValueError as error:
         console.print(f"[red]{error}[/red]")

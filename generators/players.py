@@ -28,6 +28,7 @@ from generators.dcgan import (
 )
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.features import FeaturePyramid
+from generators.principal import StyleLimit
 from generators.projected import ProjectedConfig, ProjectedDiscriminator, learning_part
 from generators.runs import frozen, seed_of
 from generators.stylegan2 import Generator, GeneratorConfig
@@ -326,4 +327,6 @@ def set_up(config: GanTrainConfig, accelerator: Accelerator, dataset: Pictures) 
     latents = None
     if config.latents is not None:
         latents = read_ws(config.latents, trained["generator"]).to(device)
+        if config.freeze_generator_below:  # as the translation of photos will
+            latents = StyleLimit(trained["generator"], config.freeze_generator_below)(latents)
     return Players(trained, average, perceptual, optimisers, prepared, state, latents)

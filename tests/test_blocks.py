@@ -4,6 +4,7 @@ pytest tests/test_blocks.py
 """
 
 import copy
+import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -25,6 +26,7 @@ from generators.blocks import (
 )
 from generators.checkpoint import save
 from generators.images import open_image
+from generators.principal import StyleLimit
 
 RESOLUTIONS = (4, 8, 16)
 
@@ -165,13 +167,23 @@ def test_the_spelling_of_the_channels_does_not_matter(generator_from_seed, tiny_
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
 @pytest.mark.parametrize("from_resolution", RESOLUTIONS)
 def test_swapped_synthesis_equals_swap_to_the_bit(face, anime, ws, from_resolution, noise_mode):
-    synthesis = SwappedSynthesis(face, anime, from_resolution)
+    synthesis = SwappedSynthesis(face, anime, from_resolution, style_limit=math.inf)
     reconstruction, drawn = synthesis(ws, noise_mode, both=True)
     assert drawn.shape == (3, 3, 16, 16)
     assert torch.equal(drawn, swap(face, anime, from_resolution).synthesis(ws, noise_mode))
     assert torch.equal(reconstruction, face.synthesis(ws, noise_mode))
     assert torch.equal(drawn, synthesis(ws, noise_mode))
     assert not torch.equal(drawn, reconstruction)
+
+
+def test_only_the_late_blocks_of_anime_see_limited_styles(face, anime, ws):
+    ws = 10 * ws
+    limited = StyleLimit(face, 8, 0.5)(ws)
+    assert not torch.equal(limited, ws)
+    reconstruction, drawn = SwappedSynthesis(face, anime, 8, style_limit=0.5)(ws, both=True)
+    assert torch.equal(reconstruction, face.synthesis(ws))
+    trunk = face.synthesis.run_blocks([4], None, None, ws)
+    assert torch.equal(drawn, anime.synthesis.run_blocks([8, 16], *trunk, limited)[1])
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -224,6 +236,15 @@ def test_labels_stand_above_the_picture():
     assert top > 0 and result.crop((0, top, 120, result.height)).tobytes() == picture.tobytes()
     header = result.convert("L").crop((0, 0, 120, top))
     assert all(header.crop((x, 0, x + 40, top)).getextrema()[0] < 128 for x in (0, 40, 80))
+
+
+def test_long_labels_keep_apart():
+    picture = Image.new("RGB", (4 * 96, 10))
+    result = labelled(picture, ["reconstruction", *(f"anime64 n = {n}" for n in (1, 2, 3))])
+    header = result.convert("L").crop((0, 0, 4 * 96, result.height - 10))
+    for border in (96, 192, 288):
+        assert header.crop((border - 2, 0, border + 2, header.height)).getextrema() == (255, 255)
+    assert header.getextrema()[0] < 128
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ pytest tests/test_curvature.py
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from generators import checkpoint
-from generators.curvature import DAMPING, Curvature, curvature_of, main, measure
+from generators.curvature import Curvature, curvature_of, main, measure
 
 
 def dense(curvature: Curvature) -> torch.Tensor:
@@ -30,10 +31,26 @@ def test_it_is_the_metric_of_the_synthesis(face):
     assert curvature.values[0] == 1 and (curvature.values.diff() <= 0).all()
 
 
+def test_it_is_measured_at_given_latents(face, ws):
+    other = 5 * ws
+    exact = sum(
+        j.reshape(-1, 48).T @ j.reshape(-1, 48)
+        for j in (
+            torch.autograd.functional.jacobian(lambda x: face.synthesis(x[None]), w) for w in other
+        )
+    )
+    exact /= torch.linalg.eigvalsh(exact)[-1]
+    error = [
+        (dense(measure(face, probes=4000, rank=48, latents=given)) - exact).norm() / exact.norm()
+        for given in (other, None)
+    ]
+    assert error[0] < 0.1 and error[1] > 0.3
+
+
 def test_offsets_undo_it(face):
     curvature = measure(face, probes=400, rank=20)
     root = curvature.offsets(torch.eye(48)).flatten(1)  # symmetric
-    whitened = root @ (dense(curvature) + DAMPING * torch.eye(48)) @ root
+    whitened = root @ (dense(curvature) + curvature.config.damping * torch.eye(48)) @ root
     torch.testing.assert_close(whitened, torch.eye(48), atol=1e-3, rtol=0)
 
 
@@ -62,6 +79,11 @@ def test_command_writes_a_checkpoint(face, tmp_path, capsys):
     loaded = curvature_of("other", target)
     assert loaded is not None and loaded.basis.shape == (8, 48)
     assert checkpoint.read_metadata(target)["provenance"]["licence"] == "mine"
+    save_file({"ws": torch.randn(3, 6, 8)}, tmp_path / "ws.safetensors")
+    main(str(tmp_path / "face.safetensors"), target, tmp_path / "ws.safetensors", probes=40, rank=8)
+    at_photos = curvature_of("other", target)
+    assert at_photos is not None and not torch.equal(at_photos.basis, loaded.basis)
+    assert checkpoint.read_metadata(target)["provenance"]["at"] == "3 latents of photos"
     with pytest.raises(SystemExit) as stopped:
         main(str(tmp_path / "none.safetensors"), target)
     assert stopped.value.code == 2
@@ -71,5 +93,5 @@ def test_the_bundled_one_is_of_the_bundled_face():
     curvature, face = curvature_of("face64"), checkpoint.resolve("face64")
     assert curvature is not None
     generator = checkpoint.load(face, "generator")
-    assert curvature.basis.shape == (256, generator.num_ws * generator.w_dim)
+    assert curvature.basis.shape == (512, generator.num_ws * generator.w_dim)
     assert curvature_of("mine.safetensors") is None

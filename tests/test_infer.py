@@ -4,6 +4,7 @@ pytest tests/test_infer.py
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import infer
 from encoder.align import Aligner
 from encoder.model import Encoder, EncoderConfig
 from encoder.pipeline import Translator
+from generators.blocks import SwappedSynthesis
 from generators.checkpoint import save
 from generators.images import resize
 from generators.stylegan2 import GeneratorConfig
@@ -433,6 +435,25 @@ def test_truncation_pulls_towards_the_average(face, anime, encoder):
     whole = Translator(face, anime, encoder, **options)(crops).ws
     half = Translator(face, anime, encoder, truncation=0.5, **options)(crops).ws
     torch.testing.assert_close(half, (whole + face.w_avg) / 2)
+
+
+def test_the_style_limit_is_of_the_drawing_alone(face, anime, encoder):
+    crops = [photo(i) for i in range(3)]
+    free, narrow = (
+        Translator(face, anime, encoder, swap_resolution=8, style_limit=limit)(crops, True)
+        for limit in (math.inf, 0.1)
+    )
+    assert torch.equal(free.ws, narrow.ws)
+    assert torch.equal(free.reconstruction, narrow.reconstruction)
+    expected = SwappedSynthesis(face, anime, 8, style_limit=0.1)(narrow.ws).clamp(-1, 1)
+    torch.testing.assert_close(narrow.anime, expected)
+    assert (free.anime - narrow.anime).abs().max() > 0.05
+
+
+def test_a_style_limit_of_nothing_is_one_sentence(models, photos, out, capsys):
+    assert run(photos, out, *models, "--style-limit", "0") == 2
+    assert "a number of deviations above 0, not 0" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

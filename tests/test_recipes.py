@@ -12,7 +12,7 @@ from encoder import recipes
 from encoder.losses import LossSet
 from encoder.model import Encoder, EncoderConfig
 from encoder.search import Search
-from generators.blocks import swap
+from generators.blocks import SwappedSynthesis, swap
 from generators.checkpoint import save
 from generators.dcgan import DcganConfig, DcganGenerator
 from generators.images import open_image, to_pil, to_tensor
@@ -207,7 +207,7 @@ def test_latents_files_become_a_film_whose_ends_are_their_pictures(run, face, an
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     save_file({"ws": ws[0].clone()}, files[0])
     save_file({"ws": ws[1:].clone()}, files[1])  # two keys
-    for option, synthesis in ((), face.synthesis), (("--anime",), swap(face, anime, 8).synthesis):
+    for option, synthesis in ((), face.synthesis), (("--anime",), SwappedSynthesis(face, anime, 8)):
         film = tmp_path / "film.png"
         options = ["--output", film, "--frames", 2, "--swap-resolution", 8, *option]
         assert run("interpolate", "--input", *files, *options)[0] == 0

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from generators import steps, train
 from generators.checkpoint import load, read_metadata
 from generators.data import first_pictures, open_dataset
-from generators.players import GanTrainConfig, build
+from generators.players import GanTrainConfig, build, set_up
+from generators.principal import StyleLimit
 from generators.runs import NonFiniteLoss
 from generators.stylegan2 import SynthesisNetwork
 
@@ -306,6 +307,20 @@ def test_half_of_the_fakes_are_drawn_at_given_latents(config, tmp_path, monkeypa
     assert is_given.tolist() == [False, False, False, True]  # of two samples one
     with pytest.raises(ValueError, match="latents"):
         replace(config, architecture="dcgan", reconstruction_weight=0)
+
+
+def test_given_latents_of_a_fine_tune_are_limited_as_a_translation_limits_them(config, tmp_path):
+    train.train(replace(config, images=4), cpu=True)
+    source = config.output / "generator.safetensors"
+    ws = 30 * torch.randn(3, 6, 8)
+    save_file({"ws": ws}, tmp_path / "ws.safetensors")
+    tuned = replace(
+        config, init=str(source), latents=tmp_path / "ws.safetensors", freeze_generator_below=8
+    )
+    players = set_up(tuned, Accelerator(cpu=True), open_dataset(config.data[0], 16))
+    limited = StyleLimit(load(source, "generator"), 8)(ws)
+    torch.testing.assert_close(players.latents, limited)
+    assert (limited - ws).abs().max() > 1
 
 
 def spy(forward, seen):
