@@ -2,29 +2,12 @@
 
     accelerate launch train_encoder.py --data faces/ --output runs/encoder64
 
-One process or many, CPU or GPU, any precision that `accelerate launch` offers. Resume is the same
-command.
+All of it is `encoder.train`.
 """
 
-import dataclasses
+import sys
 
-import tyro
-from rich.pretty import pprint
-
-from encoder.players import EncoderTrainConfig
-from encoder.train import console, train
-from generators.runs import NonFiniteLoss
-
-
-def main() -> None:
-    try:
-        config = tyro.cli(EncoderTrainConfig, description=__doc__)
-        pprint(dataclasses.asdict(config), console=console, expand_all=False)
-        train(config)
-    except (ValueError, NonFiniteLoss) as error:
-        console.print(f"[red]{error}[/red]")
-        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
-
+from encoder.train import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

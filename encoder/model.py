@@ -8,16 +8,19 @@ T tokens, H and W height and width of a feature map.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoder.latents import from_offsets
-from generators.checkpoint import KINDS
+from generators.latents import from_offsets
+
+# what is larger is no encoder but a damaged or hostile file
+MOST = {"resolution": 4096, "num_ws": 64, "w_dim": 8192, "width": 8192, "heads": 1024, "depth": 64,
+        "most_tokens": 512}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,53 @@ class EncoderConfig:
     num_ws: int = 10  # L, the generator's num_ws
     w_dim: int = 256  # D, the generator's w_dim
     width: int = 192  # C, channels of the head
-    heads: int = 4
+    heads: int = 4  # of attention
     depth: int = 2  # cross-attention layers
     most_tokens: int = 8  # a level's map is pooled to at most this many positions a side
+    input_size: int = 0  # side in pixels to which pictures are enlarged first; 0: R, as they are
+    shared: bool = False  # all queries together give one w of all layers, each adds to its own
 
     def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value}")
+        if self.input_size != 0 and not self.resolution <= self.input_size <= MOST["resolution"]:
+            raise ValueError(
+                f"input_size must be 0 or from {self.resolution} to {MOST['resolution']}, "
+                f"not {self.input_size}"
+            )
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of twice the {self.heads} heads"
             )
-        if min(self.resolution, self.num_ws, self.w_dim, self.depth, self.most_tokens) < 1:
-            raise ValueError("resolution, num_ws, w_dim, depth and most_tokens must be at least 1")
+        check_backbone(self.backbone, self.side)
+
+    @property
+    def side(self) -> int:
+        """Of what the backbone looks at, in pixels."""
+        return self.input_size or self.resolution
+
+
+@lru_cache
+def check_backbone(name: str, resolution: int) -> None:
+    """ValueError unless timm's network `name` gives feature maps (B, C, H, W) of such pictures; it
+    is tried without weights or memory."""
+    import timm  # as in `generators.features`
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"timm knows no network {name!r}; timm.list_models() names them")
+    try:
+        with torch.device("meta"):
+            net = timm.create_model(name, pretrained=False, features_only=True).eval()
+            maps = net(torch.zeros(1, 3, resolution, resolution))
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"timm's {name} gives no feature maps of pictures of {resolution} pixels ({error}); "
+            "take a convolutional one, resnet18 for example"
+        ) from error
+    if any(level.ndim != 4 for level in maps):
+        raise ValueError(f"timm's {name} gives no feature maps; take resnet18, for example")
 
 
 class Encoder(nn.Module):
@@ -48,16 +87,21 @@ class Encoder(nn.Module):
     is the generator's; whoever builds the encoder copies it there.
     """
 
+    kind: ClassVar[str] = "encoder"
+    config_class: ClassVar[type] = EncoderConfig
+
     scale: Tensor
     shift: Tensor
     w_avg: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
+        import timm
+
         super().__init__()
         self.config = config
         backbone: Any = timm.create_model(config.backbone, pretrained=False, features_only=True)
-        if max(backbone.feature_info.reduction()) > config.resolution:
-            stop_strides_on_one_pixel(backbone, config.resolution)
+        if max(backbone.feature_info.reduction()) > config.side:
+            stop_strides_on_one_pixel(backbone, config.side)
         self.backbone = backbone
         mean, std = (
             torch.tensor(backbone.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")
@@ -78,8 +122,14 @@ class Encoder(nn.Module):
         self.to_offsets = nn.Parameter(
             torch.randn(config.num_ws, config.width, config.w_dim) * 0.02 * config.width**-0.5
         )
+        if config.shared:
+            self.to_shared = nn.Linear(config.num_ws * config.width, config.w_dim)
+            nn.init.normal_(self.to_shared.weight, std=0.02 * config.width**-0.5)
+            nn.init.zeros_(self.to_shared.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.config.input_size:  # so that the last levels, which know most, have more positions
+            images = F.interpolate(images, (self.config.side,) * 2, mode="bilinear")
         x = (images * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
         levels: Any = zip(self.backbone(x), self.project, self.norms, self.level, strict=True)
         tokens = torch.cat(
@@ -92,7 +142,10 @@ class Encoder(nn.Module):
         q = self.queries.expand(len(images), -1, -1)  # (B, L, C)
         for layer in self.layers:
             q = layer(q, tokens)
-        offsets = torch.einsum("blc,lcd->bld", self.norm(q), self.to_offsets)  # (B, L, D)
+        q = self.norm(q)
+        offsets = torch.einsum("blc,lcd->bld", q, self.to_offsets)  # (B, L, D)
+        if self.config.shared:
+            offsets = offsets + self.to_shared(q.flatten(1))[:, None]
         return from_offsets(offsets.float(), self.w_avg.float())
 
     def _tokens(self, level: Tensor) -> Tensor:
@@ -170,6 +223,3 @@ class CrossAttention(nn.Module):
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h l c -> b l (h c)")
         queries = queries + self.out(attended)
         return queries + self.mlp(self.norm_mlp(queries))
-
-
-KINDS["encoder"] = (EncoderConfig, Encoder)

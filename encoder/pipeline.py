@@ -12,34 +12,40 @@ crop.
 from __future__ import annotations
 
 import copy
-import itertools
-import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from encoder.align import Aligner, Face
-from encoder.latents import truncate
 from encoder.losses import LossSet
 from encoder.model import Encoder
-from encoder.search import Search, optimize_latent
+from encoder.search import Search, optimise_latent
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, resolve
 from generators.curvature import Curvature, curvature_of
-from generators.images import fit, grid, open_image, resize, to_float
-from generators.principal import DEVIATIONS
-from generators.runs import frozen, write_atomically
+from generators.images import fit, resize, to_float
+from generators.latents import DEVIATIONS, truncate
+from generators.runs import frozen
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Options of every command that looks at photos and draws."""
+
+    face_generator: str = "face64"  # bundled name or .safetensors file
+    anime_generator: str = "anime64"  # a fine-tune of the face generator
+    encoder: str = "encoder64"  # trained for the face generator
+    align: bool = True  # off: the pictures are aligned crops already
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,22 @@ class Translator:
         dtype: torch.dtype = torch.float32,  # or float16, bfloat16; refinement and w+ stay float32
         aligner: Aligner | None = None,  # None: crops only, `faces` is refused
         truncation: float = 1.0,  # 1: the latent as found, 0: the average face
-        style_limit: float = DEVIATIONS,  # of what anime's blocks get; see generators.principal
+        style_limit: float = DEVIATIONS,  # of what anime's blocks get; see generators.latents
         refine_steps: int = 0,  # of latent optimisation, after the encoder
         curvature: Curvature | None = None,  # of `face`; refinement is faster with it
         superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
     ) -> None:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-        if refine_steps < 0:
-            raise ValueError(f"refine_steps must be 0 or more, not {refine_steps}")
+        if refine_steps < 0 or not math.isfinite(truncation):
+            raise ValueError("refine_steps must be 0 or more, and truncation a number")
         wanted, given = (face.num_ws, face.w_dim), (encoder.config.num_ws, encoder.config.w_dim)
         if wanted != given:
             raise ValueError(
                 f"The encoder gives {given[0]} layers of {given[1]} numbers, the face generator "
                 f"takes {wanted[0]} of {wanted[1]}; give the encoder that was trained for it."
             )
+        # The given networks move to the device, and what is drawn with gets the precision.
         self.device, self.dtype = torch.device(device), dtype
         self.aligner, self.truncation, self.refine_steps = aligner, truncation, refine_steps
         self.resolution = face.resolution  # R
@@ -105,9 +112,9 @@ class Translator:
     ) -> Translator:
         """From files or bundled names; `options`: the constructor's. ValueError if one is unfit."""
         return cls(
-            load(resolve(face), "generator"),
-            load(resolve(anime), "generator"),
-            load(resolve(encoder), "encoder"),
+            load(resolve(face), Generator),
+            load(resolve(anime), Generator),
+            load(resolve(encoder), Encoder),
             **options,
         )
 
@@ -116,7 +123,7 @@ class Translator:
         """The models that come with the project, and an aligner unless one is given; `superres`
         enlarges."""
         options.setdefault("aligner", Aligner(device=options.get("device", "cpu")))
-        options.setdefault("superres", load(resolve("superres64"), "superres"))
+        options.setdefault("superres", load(resolve("superres64"), SuperResolution))
         options.setdefault("curvature", curvature_of("face64"))
         return cls.load("face64", "anime64", "encoder64", **options)
 
@@ -167,16 +174,14 @@ class Translator:
             ws = self.encoder(resize(images, self.encoder.config.resolution)).float()
         target = resize(images, self.resolution)
         if self.refine_steps:
-            search = Search(steps=self.refine_steps)
-            found = optimize_latent(
+            ws = optimise_latent(
                 self.face,
                 target,
                 losses=self.losses,
-                search=search,
+                search=Search(steps=self.refine_steps),
                 start=ws,
                 curvature=self.curvature,
-            )
-            ws = found.latent
+            ).latent
         return truncate(ws, self.face.w_avg, self.truncation)
 
     @torch.inference_mode()
@@ -200,166 +205,8 @@ class Translator:
         return frozen(module).to(self.device, memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------- files to files
-
-ARTEFACTS = {"anime": ".png", "aligned": "_aligned.png", "reconstruction": "_reconstruction.png",
-             "latents": "_latents.safetensors", "grid": "_grid.png"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FilesConfig:
-    input: str  # a picture, a folder (with its sub-folders) or a quoted glob
-    output: Path  # folder, made if need be
-    save: str = "anime"  # comma list of anime, aligned, reconstruction, latents, grid
-    size: int | None = None  # side of the written pictures in pixels; None: the generator's own
-    faces: Literal["largest", "all"] = "largest"  # of each picture
-    batch_size: int = 8  # faces per pass
-    overwrite: bool = False  # replace results that exist
-
-    def __post_init__(self) -> None:
-        if unknown := sorted(self.artefacts - ARTEFACTS.keys()):
-            raise ValueError(
-                f"--save does not know {', '.join(unknown)}; choose from {', '.join(ARTEFACTS)}."
-            )
-        if self.batch_size < 1 or not (self.size is None or 1 <= self.size <= 8192):
-            raise ValueError("--batch-size must be at least 1, and --size from 1 to 8192.")
-
-    @property
-    def artefacts(self) -> set[str]:
-        return {name.strip() for name in self.save.split(",")}
-
-
-@dataclass
-class Item:
-    """One input picture and what has become of it."""
-
-    path: Path
-    base: Path  # OUT/sub/name, to which an artefact's ending is added
-    todo: int = 0  # faces not yet written
-    reason: str = ""  # why it failed
-    outputs: list[str] = field(default_factory=list)  # relative to OUT
-    faces: list[dict[str, Any]] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)  # ms
-
-    def line(self) -> str:
-        status: dict[str, Any] = (
-            {"status": "failed", "reason": self.reason} if self.reason else {"status": "ok"}
-        )
-        timings = {name: round(value, 3) for name, value in self.timings.items()}
-        rest = {"outputs": self.outputs, "faces": self.faces, "timings_ms": timings}
-        return json.dumps({"input": str(self.path)} | status | rest)
-
-    def files(self, config: FilesConfig, face: int = 1) -> dict[str, Path]:
-        """{artefact: file} of the first, second, … face."""
-        stem = self.base.name if face == 1 else f"{self.base.name}_face{face}"
-        return {
-            name: self.base.with_name(stem + ARTEFACTS[name])
-            for name in ARTEFACTS
-            if name in config.artefacts
-        }
-
-
-def crops(
-    items: list[Item], translator: Translator, config: FilesConfig, done: Callable[[Item], None]
-) -> Iterator[tuple[Item, int, Image.Image]]:
-    """(item, number of the face from 1, crop), one picture at a time; failures go to `done`."""
-    for item in items:
-        try:
-            start = time.perf_counter()
-            picture = open_image(item.path)
-            item.timings["read"] = 1e3 * (time.perf_counter() - start)
-            start = time.perf_counter()
-            faces = translator.faces(picture) if translator.aligner else [None]
-            if not faces:
-                raise ValueError(
-                    f"No face found in {item.path}; give a clearer picture, "
-                    "or --no-align for an aligned crop."
-                )
-            faces = faces[:1] if config.faces == "largest" else faces
-            cut = [translator.crop(picture, face) for face in faces]
-            item.timings["align"] = 1e3 * (time.perf_counter() - start)
-        except ValueError as error:
-            item.reason = str(error)
-            done(item)
-            continue
-        item.todo = len(cut)
-        item.faces = [
-            {"box": face.box.round(1).tolist(), "score": round(face.score, 4)}
-            for face in faces
-            if face
-        ]
-        for number, crop in enumerate(cut, 1):
-            yield item, number, crop
-
-
-def translate(
-    items: list[Item], translator: Translator, config: FilesConfig, done: Callable[[Item], None]
-) -> None:
-    """Writes results batch by batch; calls `done` with each item once its last file is written.
-
-    Only one batch of crops is held at a time. A failed picture does not keep the others.
-    """
-    jobs = crops(items, translator, config, done)
-    wanted = bool(config.artefacts & {"reconstruction", "grid"})
-    while batch := list(itertools.islice(jobs, config.batch_size)):
-        start = time.perf_counter()
-        images = translator.prepare([crop for _, _, crop in batch])
-        ws = translator.encode(images)
-        encoded = clock(translator.device)
-        anime, reconstruction = translator.synthesise(ws, wanted)
-        synthesised = clock(translator.device)
-        results = {"aligned": images.cpu(), "latents": ws.cpu(), "anime": anime.cpu()}
-        if reconstruction is not None:
-            results["reconstruction"] = reconstruction.cpu()
-        times = {"encode": encoded - start, "synthesise": synthesised - encoded}
-        for i, (item, number, _) in enumerate(batch):
-            for name, seconds in times.items():
-                item.timings[name] = item.timings.get(name, 0.0) + 1e3 * seconds / len(batch)
-            start = time.perf_counter()
-            try:
-                result = {name: value[i] for name, value in results.items()}
-                write(item, number, result, translator, config)
-            except (ValueError, OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or error
-                item.reason = f"Cannot write the result of {item.path}: {reason}."
-            seconds = time.perf_counter() - start
-            item.timings["write"] = item.timings.get("write", 0.0) + 1e3 * seconds
-            item.todo -= 1
-            if item.todo == 0:
-                done(item)
-
-
-def write(
-    item: Item, number: int, result: dict[str, Tensor], translator: Translator, config: FilesConfig
-) -> None:
-    """One face: pictures (3, R, R) in [-1, 1], here brought to the wanted size, and "latents"
-    (L, D); each file whole or not."""
-    if not result["anime"].isfinite().all():
-        raise ValueError("it is not finite; try --dtype fp32")
-    size = config.size or translator.resolution
-
-    @cache
-    def picture(part: str) -> Tensor:
-        if part == "aligned":  # the photo as the encoder saw it: nothing is added
-            return resize(result[part], size)
-        return translator.enlarge(result[part][None], size)[0]
-
-    for name, file in item.files(config, number).items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if name == "latents":
-            write_atomically(file, partial(save_file, {"ws": result[name].contiguous()}))
-        else:
-            shown = ("aligned", "reconstruction", "anime") if name == "grid" else (name,)
-            strip = torch.stack([picture(part) for part in shown])
-            write_atomically(file, partial(grid(strip, len(shown)).save, format="PNG"))
-        item.outputs.append(file.relative_to(config.output).as_posix())
-
-
 def clock(device: torch.device) -> float:
     """Seconds, once the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-__all__ = ["FilesConfig", "Item", "Result", "Translator", "translate"]

@@ -12,7 +12,6 @@ w, Z dimension of z, R resolution, S side of a crop.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,29 +22,31 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
 from encoder.align import Aligner
+from encoder.files import FilesConfig, Results, check_size, find_faces
 from encoder.frames import check_format, write_frames
-from encoder.invert import read_latents
-from encoder.latents import mix, slerp
 from encoder.losses import LossSet
-from encoder.pipeline import Translator
-from encoder.search import Search, optimize_latent
-from generators.blocks import SwappedSynthesis, labelled
+from encoder.model import Encoder
+from encoder.pipeline import Networks, Translator
+from encoder.search import Search, optimise_latent
+from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, read_metadata, resolve
+from generators.command import command, console, parse_device, printable
 from generators.curvature import Curvature, curvature_of
-from generators.images import find_images, grid, open_image, resize, result_names, to_pil
-from generators.runs import frozen, write_atomically
+from generators.dcgan import DcganGenerator
+from generators.disk import may_write, write_atomically
+from generators.images import grid, labelled, open_image, resize, to_pil
+from generators.latents import mix, read_latents, slerp
+from generators.runs import frozen
 from generators.stylegan2 import Generator
-from generators.superres import upscale
+from generators.superres import SuperResolution, upscale
 
 Draw = Callable[[Tensor], Tensor]  # latents (B, …) -> images (B, 3, R, R)
 
 LOSSES = {"mse": 1.0, "ms_ssim": 0.2}
 BATCH = 8  # frames that are drawn at once
-ENDING = re.compile(r"(_sheet|_n\d+|_split\d+)?$")  # of a result's name
 IN_Z = Search(steps=200, space="z", candidates=256)
 IN_W = Search(steps=200, space="w")
 
@@ -55,11 +56,21 @@ IN_W = Search(steps=200, space="w")
 def last_blocks(face: Generator, anime: Generator, n: int) -> Draw:
     """The synthesis of `face` whose last n blocks (those next to the image) are `anime`'s."""
     resolutions = face.config.block_resolutions
-    if not 0 <= n <= len(resolutions):
-        raise ValueError(f"there are {len(resolutions)} blocks; {n} of them cannot be swapped")
+    check_blocks(face, (n,))
     if n == 0:
         return face.synthesis
     return SwappedSynthesis(face, anime, resolutions[-n], style_limit=math.inf)
+
+
+def check_blocks(face: Generator, numbers: Sequence[int]) -> None:
+    count = len(face.config.block_resolutions)
+    if outside := [n for n in numbers if not 0 <= n <= count]:
+        raise ValueError(f"there are {count} blocks; {outside[0]} of them cannot be swapped")
+
+
+def check_splits(face: Generator, splits: Sequence[int]) -> None:
+    if outside := [split for split in splits if not 0 <= split <= face.num_ws]:
+        raise ValueError(f"a split is a layer from 0 to {face.num_ws}, not {outside[0]}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def cross_domain(
 
     The second search starts where the first one ended: there the two generators draw alike.
     """
-    find = partial(optimize_latent, losses=losses, curvature=curvature)
+    find = partial(optimise_latent, losses=losses, curvature=curvature)
     found = find(face, target, search=face_search, start="random")
     assert found.ws is not None
     with torch.no_grad():
@@ -116,11 +127,9 @@ def concatenate(
 
     Two layers are a block's: 2 is its resolution 8, 4 is 16; 0 is all of `anime`, L all of `face`.
     """
-    layers = face.num_ws
-    if outside := [split for split in splits if not 0 <= split <= layers]:
-        raise ValueError(f"a split is a layer from 0 to {layers}, not {outside[0]}")
+    check_splits(face, splits)
     images = [
-        last_blocks(face, anime, (layers - split) // 2)(mix(coarse, fine, split))
+        last_blocks(face, anime, (face.num_ws - split) // 2)(mix(coarse, fine, split))
         for split in splits
     ]
     return torch.stack(images).clamp(-1, 1)
@@ -148,45 +157,48 @@ def interpolate(keys: Tensor, frames: int, draw: Draw, loop: bool = False) -> Te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
-    face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator
-    encoder: str = "encoder64"  # trained for the face generator
-    align: bool = True  # off: the pictures are aligned crops already
-    device: str = "cpu"  # or cuda, cuda:1, mps
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossDomainConfig(Networks):
+class CrossDomainConfig(FilesConfig, Networks):
     """Find the photo in the face generator, redraw it with n blocks of anime, find that in anime.
 
     Writes OUT/name_sheet.png (above: photo, swapped; below: reconstruction, final) and a final
     picture OUT/name_n1.png for each n.
     """
 
-    input: str  # a picture, a folder or a quoted glob
-    output: Path  # folder
     last_blocks: tuple[int, ...] = (1, 2, 3, 4)  # n: of the fine-tune, in the redrawn picture
     space: Literal["w", "w+"] = "w"  # of the second search
     steps: int = 200  # of each search
     candidates: int = 256  # random faces the first search starts from the best of
     size: int = 128  # side of each picture of the sheet, in pixels
-    seed: int = 0
+    seed: int = 0  # of the random faces
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        Search(self.steps, candidates=self.candidates)  # its sentences
+
+    @property
+    def endings(self) -> dict[str, str]:
+        return {"sheet": "_sheet.png"} | {f"n{n}": f"_n{n}.png" for n in self.last_blocks}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConcatenateConfig(Networks):
+class ConcatenateConfig(FilesConfig, Networks):
     """The photo's layout from the face generator, its details from the fine-tune's view of it.
 
     Writes OUT/name_sheet.png: photo, its picture by each generator, then a column per split.
     """
 
-    input: str  # a picture, a folder or a quoted glob
-    output: Path  # folder
     fine: Path | None = None  # the picture whose details are taken; None: the same one
     splits: tuple[int, ...] = (2, 4, 6, 8)  # first layer of the details; 4 is resolution 16
     steps: int = 100  # of each search
     size: int = 128  # side of each picture of the sheet, in pixels
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        Search(self.steps)  # its sentences
+
+    @property
+    def endings(self) -> dict[str, str]:
+        return {"sheet": "_sheet.png"} | {f"split{k}": f"_split{k}.png" for k in self.splits}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,58 +207,61 @@ class InterpolateConfig(Networks):
 
     input: tuple[Path, ...]  # in their order: pictures, or .safetensors with `ws` or `z`
     output: Path  # .mp4, .gif, or .png for a sheet
+    overwrite: bool = False  # replace a film that exists
     anime: bool = False  # drawn with the fine-tune's blocks from --swap-resolution on
-    swap_resolution: int = 16
+    swap_resolution: int = 16  # of the first of them
     refine_steps: int = 25  # of latent optimisation after the encoder, for pictures
     frames: int = 50  # from each to the next, both included
     loop: bool = False  # and back to the first
-    fps: int = 25
+    fps: int = 25  # frames a second, 1 to 100
     size: int | None = None  # side in pixels, reached by super-resolution; None: the generator's
-    superres: str = "superres64"
+    superres: str = "superres64"  # the network for --size
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        check_format(self.output)
+        Search(self.refine_steps)  # its sentence
+        if not 1 <= self.fps <= 100:
+            raise ValueError(f"--fps is frames a second, 1 to 100, not {self.fps}")
+        if self.frames < 2:
+            raise ValueError(f"--frames must be 2 or more, not {self.frames}")
 
 
 def load_networks(config: Networks) -> tuple[Translator, Generator]:
     """What finds the photos in the face generator, and the whole fine-tune."""
     face, anime = (
-        load(resolve(name), "generator") for name in (config.face_generator, config.anime_generator)
+        load(resolve(name), Generator) for name in (config.face_generator, config.anime_generator)
     )
+    device = parse_device(config.device)
     translator = Translator(
         face,
         anime,
-        load(resolve(config.encoder), "encoder"),
+        load(resolve(config.encoder), Encoder),
         swap_resolution=face.resolution,  # the recipes swap by themselves
-        device=config.device,
-        aligner=Aligner("cpu" if config.device == "mps" else config.device)
-        if config.align
-        else None,
+        device=device,
+        aligner=Aligner(device) if config.align else None,
         curvature=curvature_of(config.face_generator),
     )
-    return translator, frozen(anime).to(config.device)
+    return translator, frozen(anime).to(device)
 
 
 def read_crop(translator: Translator, path: Path) -> Tensor:
     """(1, 3, S, S) in [-1, 1]: the largest face of a picture."""
     picture = open_image(path)
-    faces = translator.faces(picture) if translator.aligner else [None]
-    if not faces:
-        raise ValueError(
-            f"No face found in {path}; give a clearer picture, or --no-align for an aligned crop."
-        )
-    return translator.prepare([translator.crop(picture, faces[0])])
+    face = find_faces(translator.aligner, picture, path)[0] if translator.aligner else None
+    return translator.prepare([translator.crop(picture, face)])
 
 
 def search_ws(translator: Translator, generator: Generator, photo: Tensor, steps: int) -> Tensor:
     """photo (B, 3, S, S) -> (B, L, D): the encoder's, then searched in w+ for the generator."""
-    found = optimize_latent(
+    return optimise_latent(
         generator,
         resize(photo, generator.resolution),
         losses=LossSet(LOSSES),
         search=Search(steps=steps),
         start=translator.encode(photo),
         curvature=translator.curvature,
-    )
-    assert found.ws is not None
-    return found.ws
+    ).latent
 
 
 @dataclass(frozen=True)
@@ -279,10 +294,14 @@ def show_cross_domain(
 
 
 def show_concatenate(
-    config: ConcatenateConfig, translator: Translator, anime: Generator, photo: Tensor
+    config: ConcatenateConfig,
+    translator: Translator,
+    anime: Generator,
+    other: list[Tensor],  # of --fine, or none
+    photo: Tensor,
 ) -> Shown:
     face = translator.face
-    photos = [photo] if config.fine is None else [photo, read_crop(translator, config.fine)]
+    photos = [photo, *other]
     coarse = search_ws(translator, face, photo, config.steps)
     fine = search_ws(translator, anime, photos[-1], config.steps)
     ends = concatenate(face, anime, coarse, fine, (face.num_ws, 0))
@@ -293,60 +312,72 @@ def show_concatenate(
     return Shown([*(resize(x, face.resolution) for x in photos), *ends, *made], labels, final)
 
 
-def run_pictures(config: CrossDomainConfig | ConcatenateConfig) -> list[Path]:
+def run_pictures(config: CrossDomainConfig | ConcatenateConfig) -> int:
     """BASE_sheet.png and BASE_…png of every input, one after the other."""
-    if config.size < 1:
-        raise ValueError("--size must be at least 1")
-    paths, names = zip(*find_images(config.input), strict=True)
+    results = Results(config, config.endings, ",".join(config.endings), r"(_n\d+|_split\d+)?")
+    if not results.todo:
+        return 0
     translator, anime = load_networks(config)
-    photos = [read_crop(translator, path) for path in paths]  # complains before it searches
-    written = []
-    for photo, name in zip(photos, result_names(names, ENDING), strict=True):
-        if isinstance(config, CrossDomainConfig):
-            shown = show_cross_domain(config, translator, anime, photo)
-        else:
-            shown = show_concatenate(config, translator, anime, photo)
-        sheet = grid(resize(torch.cat([*shown.sheet]).cpu(), config.size), len(shown.labels))
-        pictures = {"sheet": labelled(sheet, shown.labels)}
-        pictures |= {key: to_pil(image[0]) for key, image in shown.final.items()}
-        for key, picture in pictures.items():
-            file = config.output / f"{name}_{key}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, partial(picture.save, format="PNG"))
-            written.append(file)
-    return written
+    if isinstance(config, CrossDomainConfig):
+        check_blocks(translator.face, config.last_blocks)
+        show: Callable[[Tensor], Shown] = partial(show_cross_domain, config, translator, anime)
+    else:
+        check_splits(translator.face, config.splits)
+        fine = [] if config.fine is None else [read_crop(translator, config.fine)]
+        show = partial(show_concatenate, config, translator, anime, fine)
+
+    with results:
+        for job in results.todo:
+            with results.attempt(job):
+                shown = show(read_crop(translator, job.path))
+                if not all(image.isfinite().all() for image in shown.sheet):
+                    raise ValueError(f"The result of {job.path} is not finite.")
+                sheet = grid(
+                    resize(torch.cat([*shown.sheet]).cpu(), config.size), len(shown.labels)
+                )
+                pictures = {"sheet": labelled(sheet, shown.labels)}
+                pictures |= {key: to_pil(image[0]) for key, image in shown.final.items()}
+                results.begin(job)
+                for key, file in job.files().items():
+                    write_atomically(file, partial(pictures[key].save, format="PNG"))
+                results.done(job)
+    return results.report("done")
 
 
-def run_interpolate(config: InterpolateConfig) -> list[Path]:
-    check_format(config.output)
+def run_interpolate(config: InterpolateConfig) -> int:
+    # 1. What is drawn, and by what.
+    may_write(config.output, config.overwrite, config.input)
+    device = parse_device(config.device)
     path = resolve(config.face_generator)
-    kind = "dcgan" if read_metadata(path)["kind"] == "dcgan" else "generator"
+    dcgan = read_metadata(path)["kind"] == DcganGenerator.kind
     latents = [file.suffix.lower() == ".safetensors" for file in config.input]
-    if kind == "dcgan" and (config.anime or not all(latents)):
+    if dcgan and (config.anime or not all(latents)):
         raise ValueError("with a DCGAN only latents `z` are interpolated, without --anime")
     generator: Any
     if config.anime or not all(latents):
         translator, anime = load_networks(config)
         generator = translator.face
     else:
-        generator = frozen(load(path, kind)).to(config.device)
+        generator = frozen(load(path, Generator, DcganGenerator)).to(device)
     synthesis = getattr(generator, "synthesis", None)  # a DCGAN has none
     if config.anime:
         synthesis = SwappedSynthesis(generator, anime, config.swap_resolution)
 
+    # 2. The latents to pass through.
     keys = []
     for file, is_latent in zip(config.input, latents, strict=True):
         if is_latent:
-            keys.append(read_latents(file, generator).to(config.device))
+            keys.append(read_latents(file, generator).to(device))
         else:
             photo = read_crop(translator, file)
             keys.append(search_ws(translator, generator, photo, config.refine_steps))
     if len({key.ndim for key in keys}) > 1:
         raise ValueError("the inputs are of z and of w+; give latents of one space")
 
+    # 3. The film.
     network = None
     if config.size is not None:
-        network = frozen(load(resolve(config.superres), "superres")).to(config.device)
+        network = frozen(load(resolve(config.superres), SuperResolution)).to(device)
 
     def draw(part: Tensor) -> Tensor:
         if synthesis is None:
@@ -358,8 +389,11 @@ def run_interpolate(config: InterpolateConfig) -> list[Path]:
         return images.cpu()
 
     film = interpolate(torch.cat(keys), config.frames, draw, config.loop)
+    if not film.isfinite().all():
+        raise ValueError("the film is not finite: the generator or a latent is damaged")
     write_frames(config.output, film, config.fps)
-    return [config.output]
+    console.print(f"written: {printable(config.output)}")
+    return 0
 
 
 Config = (
@@ -369,20 +403,14 @@ Config = (
 )
 
 
+def run(config: CrossDomainConfig | ConcatenateConfig | InterpolateConfig) -> int:
+    return (
+        run_interpolate(config) if isinstance(config, InterpolateConfig) else run_pictures(config)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code; tyro exits by itself, with 2, where an option is wrong."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    config: Any = tyro.cli(Config, args=argv, description=__doc__)  # type: ignore[call-overload]
-    try:
-        run: Any = run_interpolate if isinstance(config, InterpolateConfig) else run_pictures
-        for file in run(config):
-            console.print(f"written: {file}")
-        return 0
-    except ValueError as error:
-        console.print(str(error), style="red")
-    except OSError as error:
-        console.print(f"Cannot write: {error}.", style="red")
-    return 2
+    return command(Config, run, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Latent optimisation: search the latent whose picture is the target, for each picture of a batch.
 
     losses = LossSet({"mse": 1.0, "ms_ssim": 0.2})
-    found = optimize_latent(generator, targets, losses=losses, start=encoder(targets))
+    found = optimise_latent(generator, targets, losses=losses, start=encoder(targets))
     found.ws, found.image, found.loss           # (B, L, D), (B, 3, R, R), (B,)
 
     search = Search(space="w", steps=1000, optimiser="adam", learning_rate=0.1)
-    found = optimize_latent(generator, targets, losses=losses, search=search, start="mean")
+    found = optimise_latent(generator, targets, losses=losses, search=search, start="mean")
 
 The same function refines what an encoder has found, is the yardstick it is measured by, and
 completes masked pictures. Files and the command line: `encoder.invert`.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from encoder.descent import Adam, Descent, Lbfgs
-from encoder.latents import broadcast
 from encoder.losses import LossSet
+from encoder.optimisers import Adam, Lbfgs, Optimiser
 from generators.curvature import Curvature
 from generators.dcgan import DcganGenerator
+from generators.latents import broadcast
 from generators.runs import seed_of
 from generators.stylegan2 import Generator
 
@@ -50,16 +50,16 @@ class Search:
     space: Space = "w+"  # of a DCGAN always z
     optimiser: Literal["lbfgs", "adam"] = "lbfgs"  # lbfgs is faster; adam takes noise
     learning_rate: float = 0.05  # adam's, at its highest
-    rampup: float = 0.05  # adam: part of the steps over which the rate grows
-    rampdown: float = 0.25  # adam: part of the steps over which it falls
+    rampup: float = 0.05  # adam: part of the steps over which the rate grows, 0 to 1
+    rampdown: float = 0.25  # adam: part of the steps over which it falls, 0 to 1
     latent_noise: float = 0.0  # adam: 0.05 in the paper, of the rms distance from the mean
     noise_maps: bool = False  # adam: search the synthesis network's noise maps too
-    noise_weight: float = 1e5  # of their regulariser
+    noise_weight: float = 1e5  # of their regulariser, from 0
     affine: bool = False  # search the target's shift, angle, scale too: up to 5 %, 6 degrees, 6 %
     affine_weight: float = 1e-3  # of their squares, in sides, radians, log scale
     patience: int = 0  # steps without a fall of the loss after which a picture is done; 0: never
     candidates: int = 32  # random latents the start "random" takes the best of
-    seed: int = 0
+    seed: int = 0  # of candidates and noise
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.patience < 0:
@@ -68,8 +68,11 @@ class Search:
             raise ValueError(f"candidates must be 1 or more, not {self.candidates}")
         if (self.latent_noise or self.noise_maps) and self.optimiser != "adam":
             raise ValueError("latent noise and noise maps are for the optimiser adam; choose it")
-        if min(self.learning_rate, self.latent_noise, self.noise_weight, self.affine_weight) < 0:
-            raise ValueError("learning_rate, latent_noise and the weights must not be negative")
+        for name in ("learning_rate", "latent_noise", "noise_weight", "affine_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number from 0, not {getattr(self, name)}")
+        if not (0 <= self.rampup <= 1 and 0 <= self.rampdown <= 1):
+            raise ValueError("rampup and rampdown are parts of the steps, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Inversion:
     noise: dict[str, Tensor] | None = None  # maps (B, 1, r, r) by their name in the synthesis
 
 
-def optimize_latent(
+def optimise_latent(
     generator: Generator | DcganGenerator,
     target: Tensor,  # (B, 3, R, R) in [-1, 1], R the generator's
     *,
@@ -106,16 +109,19 @@ def optimize_latent(
     ValueError for a start that does not fit.
     """
     with torch.inference_mode(False), torch.enable_grad():
+        # 1. What is minimised, over what, and how.
         target = target.detach().clone()  # a plain tensor, should it come from inference mode
         problem = Problem(generator, target, losses, search, mask, curvature)
         origin = problem.origin(start)
         x = origin.new_zeros(len(target), problem.size)
-        method: Descent
+        method: Optimiser
         if search.optimiser == "lbfgs":
             method = Lbfgs(x)
         else:
             rates = (search.rampup, search.rampdown)
             method = Adam(x, search.steps, search.learning_rate, *rates)
+
+        # 2. Each step is one look at all pictures; of each the best that was seen is kept.
         best: tuple[Tensor, ...] | None = None
         waited = torch.zeros(len(target), dtype=torch.long, device=target.device)
         for step in range(search.steps + 1):
@@ -139,6 +145,7 @@ def optimize_latent(
                         for new, old in zip(seen, best, strict=True)
                     )
                     waited = torch.where(fell & active, 0, waited + 1)
+            # 3. The next point is the optimiser's affair.
             if search.patience and (waited >= search.patience).all():
                 break
             if step < search.steps:
@@ -146,6 +153,62 @@ def optimize_latent(
                 method.tell(loss.detach(), gradient)
         assert best is not None
     return problem.result(best, step)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """All that a search has to know of the space it searches; the rows are in `space_of`."""
+
+    shape: tuple[int, ...]  # of one latent: (Z,), (D,) or (L, D)
+    w_avg: Tensor  # (D,) that the loss w_norm pulls to
+    mean: Tensor | None  # the start "mean"; None: there the space has no picture of its own
+    of_z: Callable[[Tensor], Tensor]  # z (B, Z) -> latents (B, …)
+    of_given: Callable[[Tensor], Tensor]  # latents of this space, w or w+ -> latents
+    ws: Callable[[Tensor], Tensor]  # latents -> what the network draws, (B, L, D)
+    spread: Callable[[torch.Generator], Tensor | float]  # rms length of latents from their mean
+    metric: Callable[[Curvature], Curvature] | None = None  # of w+ -> of this space; None: unknown
+
+
+def space_of(generator: Generator | DcganGenerator, name: Space) -> LatentSpace:
+    """The row of a space: z, w or w+ of a StyleGAN2; of a DCGAN, whatever the name, its z."""
+
+    def same(latents: Tensor) -> Tensor:
+        return latents
+
+    z_shape, root = (generator.z_dim,), math.sqrt(generator.z_dim)
+    if not isinstance(generator, Generator):  # its network draws z, which passes for ws (B, 1, Z)
+        zeros = generator.torgb.weight.new_zeros(generator.z_dim)
+        return LatentSpace(z_shape, zeros, zeros, same, same, lambda z: z[:, None], lambda _: root)
+
+    w_avg, layers = generator.w_avg, generator.num_ws
+    if name == "z":
+        return LatentSpace(z_shape, w_avg, None, same, same, generator.map, lambda _: root)
+
+    def everywhere(w: Tensor) -> Tensor:
+        return broadcast(w, layers) if w.ndim == 2 else w
+
+    def one(ws: Tensor) -> Tensor:
+        return ws.mean(dim=1) if ws.ndim == 3 else ws
+
+    @torch.no_grad()
+    def spread_of_w(rng: torch.Generator) -> Tensor:
+        z = torch.randn(W_SAMPLES, generator.z_dim, generator=rng).to(w_avg)
+        return (generator.mapping(z) - w_avg).square().sum(dim=1).mean().sqrt()
+
+    of_w = LatentSpace(
+        w_avg.shape, w_avg, w_avg, generator.mapping, one, everywhere, spread_of_w,
+        Curvature.of_one_w,
+    )  # fmt: skip
+    if name == "w":
+        return of_w
+    return replace(
+        of_w,
+        shape=(layers, generator.w_dim),
+        of_z=lambda z: everywhere(generator.mapping(z)),
+        of_given=everywhere,
+        ws=same,
+        metric=lambda curvature: curvature,
+    )
 
 
 class Problem:
@@ -163,19 +226,13 @@ class Problem:
     ) -> None:
         self.generator, self.target, self.losses = generator, target, losses
         self.search, self.mask = search, mask
-        self.space: Space = search.space if isinstance(generator, Generator) else "z"
-        self.judge = losses.against(target, mask)  # without an affine search
+        self.space = space_of(generator, search.space)
+        self.shape = self.space.shape
+        self.objective = losses.against(target, mask)  # without an affine search
         self.metric = None
-        if isinstance(generator, Generator):
-            self.centre, layers = generator.w_avg, generator.num_ws
-            self.shape = {"z": (generator.z_dim,), "w": (generator.w_dim,)}.get(
-                self.space, (layers, generator.w_dim)
-            )
-            if curvature is not None and search.optimiser == "lbfgs" and self.space != "z":
-                self.metric = self.fitting(curvature, generator)
-        else:
-            weight = generator.torgb.weight
-            self.centre, self.shape = weight.new_zeros(generator.z_dim), (generator.z_dim,)
+        if curvature is not None and search.optimiser == "lbfgs" and self.space.metric is not None:
+            check_curvature(curvature, generator)
+            self.metric = self.space.metric(curvature)
         self.maps: dict[str, Tensor] = {}  # (r, r)
         if search.noise_maps:
             self.maps = {
@@ -193,61 +250,42 @@ class Problem:
         self.size = sum(self.sizes)  # P
         self.noise = self.latent_noise() if search.latent_noise else None
 
-    def fitting(self, curvature: Curvature, generator: Generator) -> Curvature:
-        wanted = (generator.num_ws, generator.w_dim)
-        if (curvature.config.num_ws, curvature.config.w_dim) != wanted:
-            raise ValueError(
-                f"the curvature is of {curvature.config.num_ws} layers of "
-                f"{curvature.config.w_dim}, the generator has {wanted[0]} of {wanted[1]}; "
-                "measure it with python -m generators.curvature"
-            )
-        return curvature if self.space == "w+" else curvature.of_one_w()
-
     # ------------------------------------------------------------------------- where it starts
 
     @torch.no_grad()
     def origin(self, start: Tensor | Literal["mean", "random"]) -> Tensor:
         """(B, …) of the space."""
-        batch = len(self.target)
         if isinstance(start, Tensor):
             return self.given(start)
         if start == "mean":
-            if self.space == "z" and isinstance(self.generator, Generator):
+            if self.space.mean is None:
                 raise ValueError("the mean of z is no face; start a search in z from random")
-            return self.centre.expand(batch, *self.shape).clone()
+            return self.space.mean.expand(len(self.target), *self.shape).clone()
+        return self.best_candidate()
+
+    def best_candidate(self) -> Tensor:
+        """(B, …): of the same random latents, each picture's own best."""
         rng = torch.Generator().manual_seed(seed_of(self.search.seed, "start"))
-        z = torch.randn(self.search.candidates, self.generator.z_dim, generator=rng).to(self.centre)
-        best = latent = None
-        if isinstance(self.generator, Generator) and self.space != "z":
-            z = self.generator.mapping(z)
-        for one in z.split(1):
-            tried = self.in_space(one).expand(batch, *self.shape)
-            image, ws = self.picture(tried[:1])
-            image = image.expand_as(self.target)
-            loss, _ = self.judge(image, ws=ws.expand(batch, -1, -1), w_avg=self.centre)
-            better = torch.ones_like(loss, dtype=torch.bool) if best is None else loss < best
-            best = loss if best is None else torch.where(better, loss, best)
-            better = better.view(-1, *[1] * len(self.shape))
-            latent = tried if latent is None else torch.where(better, tried, latent)
-        assert latent is not None
-        return latent.clone()
+        z = torch.randn(self.search.candidates, self.generator.z_dim, generator=rng)
+        candidates = self.space.of_z(z.to(self.space.w_avg))  # (N, …)
+        losses = []  # N of (B,)
+        for candidate in candidates.split(1):
+            image, ws = self.picture(candidate)
+            image, ws = image.expand_as(self.target), ws.expand(len(self.target), -1, -1)
+            losses.append(self.objective(image, ws=ws, w_avg=self.space.w_avg)[0])
+        best = torch.stack(losses).nan_to_num(nan=math.inf).argmin(dim=0)  # (B,)
+        return candidates[best]
 
     def given(self, start: Tensor) -> Tensor:
-        start = start.detach().clone()
         if len(start) != len(self.target):
             raise ValueError(f"{len(start)} starts for {len(self.target)} targets; give each one")
-        start = self.in_space(start)
+        start = self.space.of_given(start.detach())
         if start.shape[1:] != self.shape:
             raise ValueError(
-                f"a start in {self.space} is {self.shape}, not {tuple(start.shape[1:])}"
+                f"a start in {self.search.space} is {tuple(self.shape)}, not "
+                f"{tuple(start.shape[1:])}"
             )
-        return start
-
-    def in_space(self, latent: Tensor) -> Tensor:
-        """w (B, D) in w+: at each layer; w+ (B, L, D) in w: the mean over layers."""
-        if self.space == "w+" and latent.ndim == 2:
-            return broadcast(latent, self.shape[0])
-        return latent.mean(dim=1) if self.space == "w" and latent.ndim == 3 else latent
+        return start.clone()
 
     # ---------------------------------------------------------------------------- what it costs
 
@@ -262,10 +300,10 @@ class Problem:
         image, ws = self.picture(latent, maps)
         if self.search.affine:
             target, mask = self.placed(place)
-            loss, _ = self.losses(image, target, mask, ws=ws, w_avg=self.centre)
+            loss, _ = self.losses(image, target, mask, ws=ws, w_avg=self.space.w_avg)
             loss = loss + self.search.affine_weight * (AFFINE_UNIT * place).square().sum(dim=1)
         else:
-            loss, _ = self.judge(image, ws=ws, w_avg=self.centre)
+            loss, _ = self.objective(image, ws=ws, w_avg=self.space.w_avg)
         if maps:
             loss = loss + self.search.noise_weight * noise_regulariser(maps)
         return latent, image, loss
@@ -279,13 +317,9 @@ class Problem:
         self, latent: Tensor, maps: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Images, and ws (B, L, D), of a DCGAN z as (B, 1, Z)."""
+        ws = self.space.ws(latent)
         if not isinstance(self.generator, Generator):
-            return self.generator(latent), latent[:, None]
-        ws = latent
-        if self.space == "z":
-            ws = self.generator.map(latent)
-        elif self.space == "w":
-            ws = broadcast(latent, self.generator.num_ws)
+            return self.generator(ws[:, 0]), ws
         if maps:
             return functional_call(self.generator.synthesis, maps, (ws,)), ws
         return self.generator.synthesis(ws), ws
@@ -293,12 +327,8 @@ class Problem:
     def latent_noise(self) -> Tensor:
         """(1, …) at its strongest, the same for all pictures."""
         rng = torch.Generator().manual_seed(seed_of(self.search.seed, "noise"))
-        size = math.sqrt(self.shape[-1])
-        if isinstance(self.generator, Generator) and self.space != "z":
-            z = torch.randn(W_SAMPLES, self.generator.z_dim, generator=rng).to(self.centre)
-            with torch.no_grad():
-                size = (self.generator.mapping(z) - self.centre).square().sum(dim=1).mean().sqrt()
-        noise = torch.randn(1, *self.shape, generator=rng).to(self.centre)
+        size = self.space.spread(rng)
+        noise = torch.randn(1, *self.shape, generator=rng).to(self.space.w_avg)
         return self.search.latent_noise * size * noise
 
     def noise_maps(self, offsets: Tensor) -> dict[str, Tensor]:
@@ -332,13 +362,20 @@ class Problem:
     def result(self, best: tuple[Tensor, ...], steps: int) -> Inversion:
         loss, x, latent, image, step = best
         _, place, noise = x.split(self.sizes, dim=1)
-        ws = None
-        if isinstance(self.generator, Generator):
-            ws = self.generator.map(latent) if self.space == "z" else latent
-            ws = broadcast(ws, self.generator.num_ws) if self.space == "w" else ws
+        ws = self.space.ws(latent) if isinstance(self.generator, Generator) else None
         affine = affine_matrix(place) if self.search.affine else None
         return Inversion(
             latent, ws, image, loss, step, steps, affine, self.noise_maps(noise) or None
+        )
+
+
+def check_curvature(curvature: Curvature, generator: Generator | DcganGenerator) -> None:
+    found = (curvature.config.num_ws, curvature.config.w_dim)
+    wanted = (generator.num_ws, generator.w_dim) if isinstance(generator, Generator) else None
+    if found != wanted:
+        raise ValueError(
+            f"the curvature is of {found[0]} layers of {found[1]}, which the generator has not; "
+            "measure its own with python -m generators.curvature"
         )
 
 
@@ -368,6 +405,3 @@ def noise_regulariser(maps: dict[str, Tensor]) -> Tensor:
                 break
             level = F.avg_pool2d(level, 2) * 2
     return torch.stack(terms).sum(dim=0)
-
-
-__all__ = ["Inversion", "Search", "optimize_latent"]

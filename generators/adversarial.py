@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+R1_INTERVAL = 16  # steps between R1 penalties (Karras et al. 2020, appendix B)
+
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """Non-saturating loss -log D(fake), (B, N) -> (B,) (Goodfellow et al. 2014, section 3)."""

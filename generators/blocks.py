@@ -4,8 +4,8 @@
 
     freeze_generator(generator, below=32)                # FreezeG: train b32, b64, … only
     freeze_discriminator(discriminator, blocks=2)        # FreezeD: the two next to the image fixed
-    swapped = swap(face, anime, from_resolution=16)      # b4, b8 of face; b16, … of anime
-    blended = blend(face, anime, from_resolution=16, width=0.5)
+    swapped = swap(face, anime, swap_resolution=16)      # b4, b8 of face; b16, … of anime
+    blended = blend(face, anime, swap_resolution=16, width=0.5)
     reconstruction, drawn = SwappedSynthesis(face, anime, 16)(ws, both=True)
 
 Letters: B batch, L layers of w+, D w dimension, R resolution, K number of blocks.
@@ -14,6 +14,7 @@ Letters: B batch, L layers of w+, D w dimension, R resolution, K number of block
 import copy
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,16 +22,14 @@ from typing import Annotated, Literal, overload
 
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
 from torch import Tensor, nn
 
 from generators import checkpoint
+from generators.command import command, console, printable
 from generators.discriminator import Discriminator
-from generators.features import read_state
-from generators.images import find_files, grid, resize
-from generators.principal import DEVIATIONS, StyleLimit
-from generators.runs import write_atomically
+from generators.disk import may_write, write_atomically
+from generators.images import grid, labelled, resize
+from generators.latents import DEVIATIONS, StyleLimit, read_ws
 from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
 
 # --------------------------------------------------------------------------- freezing
@@ -75,29 +74,29 @@ def freeze_discriminator(discriminator: Discriminator, blocks: int) -> list[str]
 # ------------------------------------------------------------------- swapping, blending
 
 
-def swap(face: Generator, anime: Generator, from_resolution: int) -> Generator:
-    """A new generator: mapping, w_avg and early blocks of `face`, blocks >= from_resolution of
+def swap(face: Generator, anime: Generator, swap_resolution: int) -> Generator:
+    """A new generator: mapping, w_avg and early blocks of `face`, blocks >= swap_resolution of
     `anime`. The two given stay as they are."""
-    _check_pair(face, anime, from_resolution)
-    return _mix(face, anime, lambda resolution: float(resolution >= from_resolution))
+    _check_pair(face, anime, swap_resolution)
+    return _mix(face, anime, lambda resolution: float(resolution >= swap_resolution))
 
 
-def blend(face: Generator, anime: Generator, from_resolution: int, width: float) -> Generator:
+def blend(face: Generator, anime: Generator, swap_resolution: int, width: float) -> Generator:
     """`swap` with a soft border: weights interpolated block by block.
 
-    The share of `anime` at resolution r is sigmoid((log2(r / from_resolution) + 1/2) / width), so
+    The share of `anime` at resolution r is sigmoid((log2(r / swap_resolution) + 1/2) / width), so
     the middle of the transition lies between the last early and the first late block, and width 0
     is `swap`. Pinkney & Adler 2020, "Resolution Dependent GAN Interpolation" (arXiv:2010.05334),
     section 2. width: in doublings of the resolution, >= 0.
     """
-    _check_pair(face, anime, from_resolution)
+    _check_pair(face, anime, swap_resolution)
     if not (0 <= width < math.inf):
         raise ValueError(f"The width of a blend must be 0 or more doublings, not {width}.")
     if width == 0:
-        return swap(face, anime, from_resolution)
+        return swap(face, anime, swap_resolution)
 
     def share(resolution: int) -> float:
-        distance = math.log2(resolution / from_resolution) + 0.5
+        distance = math.log2(resolution / swap_resolution) + 0.5
         return 0.5 * (1 + math.tanh(distance / width / 2))  # the sigmoid, without overflow
 
     return _mix(face, anime, share)
@@ -119,27 +118,27 @@ def _mix(face: Generator, anime: Generator, share: Callable[[int], float]) -> Ge
 
 
 class SwappedSynthesis(nn.Module):
-    """The synthesis of `swap(face, anime, from_resolution)`, and with `both` also that of `face`,
+    """The synthesis of `swap(face, anime, swap_resolution)`, and with `both` also that of `face`,
     for the price of the late blocks: the early ones are computed once. The weights are shared
     with the two generators, not copied. The late blocks of `anime` get w limited to `style_limit`
-    standard deviations (inf: as given), see `generators.principal`."""
+    standard deviations (inf: as given), see `generators.latents`."""
 
     def __init__(
         self,
         face: Generator,
         anime: Generator,
-        from_resolution: int,
+        swap_resolution: int,
         style_limit: float = DEVIATIONS,
     ) -> None:
         super().__init__()
-        _check_pair(face, anime, from_resolution)
+        _check_pair(face, anime, swap_resolution)
         unlimited = style_limit == math.inf
-        self.limit = nn.Identity() if unlimited else StyleLimit(face, from_resolution, style_limit)
+        self.limit = nn.Identity() if unlimited else StyleLimit(face, swap_resolution, style_limit)
         self.face = face.synthesis
         self.anime = anime.synthesis
         resolutions = face.config.block_resolutions
-        self.early = [r for r in resolutions if r < from_resolution]
-        self.late = [r for r in resolutions if r >= from_resolution]
+        self.early = [r for r in resolutions if r < swap_resolution]
+        self.late = [r for r in resolutions if r >= swap_resolution]
 
     @overload
     def forward(
@@ -185,7 +184,7 @@ def _check_resolution(resolution: int, config: GeneratorConfig) -> None:
         )
 
 
-def _check_pair(face: Generator, anime: Generator, from_resolution: int) -> None:
+def _check_pair(face: Generator, anime: Generator, swap_resolution: int) -> None:
     """Both must be of one architecture, however their configs spell the channels."""
 
     def spelled_out(config: GeneratorConfig) -> dict:
@@ -199,7 +198,7 @@ def _check_pair(face: Generator, anime: Generator, from_resolution: int) -> None
             f"The two generators differ ({'; '.join(differences)}); "
             "swap a generator with its own fine-tune."
         )
-    _check_resolution(from_resolution, face.config)
+    _check_resolution(swap_resolution, face.config)
 
 
 # ------------------------------------------------------------------------------- grids
@@ -224,80 +223,49 @@ def swap_grid(
     return torch.stack(columns, dim=1).clamp(-1, 1)
 
 
-def labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
-    """The picture with a line of text above each of len(labels) columns of equal width, in the
-    largest letters of 8 to 16 px that let all of them fit."""
-    width = picture.width / len(labels)
-    longest = max(1.0, *(ImageFont.load_default(16).getlength(label) for label in labels))
-    size = max(8.0, min(16.0, 16 * 0.95 * width / longest))
-    result = Image.new("RGB", (picture.width, picture.height + round(1.6 * size)), "white")
-    result.paste(picture, (0, result.height - picture.height))
-    font, draw = ImageFont.load_default(size), ImageDraw.Draw(result)
-    for i, label in enumerate(labels):
-        draw.text(((i + 0.5) * width, 0.8 * size), label, "black", font, anchor="mm")
-    return result
-
-
 @dataclass(frozen=True)
 class GridConfig:
     face: Annotated[str, tyro.conf.Positional]  # a .safetensors file or a bundled name
     anime: Annotated[str, tyro.conf.Positional]  # its fine-tune
     grid: Path  # the picture to write: rows are faces, columns the number of swapped blocks
-    mode: Mode = "swap"
-    width: float = 0.5  # of a blend, in doublings of the resolution
+    mode: Mode = "swap"  # or a blend, with a soft border
+    width: float = 0.5  # of a blend, in doublings of the resolution, >= 0
     latents: Path | None = None  # .safetensors with `ws`, (L, D) or (N, L, D); None: drawn
     faces: int = 8  # rows, at most
     seed: int = 0  # of the draw
     truncation: float = 0.7  # of the draw; 1 is none
-    size: int = 128  # side of each picture in pixels
+    size: int = 128  # side of each picture in pixels, up to 1024
+    overwrite: bool = False  # replace the picture if it exists
+
+    def __post_init__(self) -> None:
+        if self.faces < 1 or not 1 <= self.size <= 1024:
+            raise ValueError("--faces must be at least 1, and --size 1 to 1024.")
+        if not (0 <= self.width < math.inf and math.isfinite(self.truncation)):
+            raise ValueError("--width must be 0 or more doublings, and --truncation finite.")
 
 
-def read_ws(path: Path, face: Generator) -> Tensor:
-    """(N, L, D) from a file of `infer.py --save latents`, or of several such, or from a folder."""
-    if path.is_dir():
-        files = find_files(path, frozenset({".safetensors"}), "latents file")
-        return torch.cat([read_ws(file, face) for file, _ in files])
-    ws = read_state(path).get("ws")
-    shape = (face.num_ws, face.w_dim)
-    if ws is None or ws.ndim not in (2, 3) or ws.shape[-2:] != shape or ws.numel() == 0:
-        found = "none" if ws is None else f"one of shape {tuple(ws.shape)}"
-        raise ValueError(
-            f"{path} needs a tensor `ws` of shape (N, {shape[0]}, {shape[1]}), and has {found}; "
-            "give latents that were found with this face generator"
-        )
-    return ws.float().reshape(-1, *shape)
-
-
-def write_grid(config: GridConfig) -> None:
-    if config.faces < 1 or config.size < 1:
-        raise ValueError("--faces and --size must be at least 1")
+@torch.no_grad()
+def run(config: GridConfig) -> None:
+    may_write(config.grid, config.overwrite, [config.latents] if config.latents else [])
     face, anime = (
-        checkpoint.load(checkpoint.resolve(name), "generator")
-        for name in (config.face, config.anime)
+        checkpoint.load(checkpoint.resolve(name), Generator) for name in (config.face, config.anime)
     )
     if config.latents is None:
         rng = torch.Generator().manual_seed(config.seed)
-        z = torch.randn(config.faces, face.z_dim, generator=rng)
-        ws = face.map(z, config.truncation)
+        ws = face.map(torch.randn(config.faces, face.z_dim, generator=rng), config.truncation)
     else:
         ws = read_ws(config.latents, face)[: config.faces]
     pictures = swap_grid(face, anime, ws, config.mode, config.width)
-    labels = [
-        "face",
-        *(f"n = {n}, {r}²" for n, r in enumerate(face.config.block_resolutions[::-1], 1)),
-    ]
+    resolutions = face.config.block_resolutions[::-1]
+    labels = ["face", *(f"n = {n}, {r}²" for n, r in enumerate(resolutions, 1))]
     sheet = grid(resize(pictures.flatten(0, 1), config.size), columns=len(labels))
-    config.grid.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(config.grid, lambda p: labelled(sheet, labels).save(p, format="PNG"))
+    console.print(f"written: {printable(config.grid)}")
 
 
-def main() -> None:
-    try:
-        write_grid(tyro.cli(GridConfig, description=__doc__))
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(GridConfig, run, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

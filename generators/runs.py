@@ -1,26 +1,28 @@
 """The run folder of a training: configuration, metrics, samples, checkpoints that survive kill -9.
 
-    RUN/config.json                     what was asked for
-    RUN/metrics.jsonl                   one line per logged step
-    RUN/samples/step-00001000.png       sample grids
-    RUN/checkpoints/step-00001000.pt    the last two: tensors and plain values, weights_only=True
-    RUN/tensorboard/                    what Accelerate's tracker writes
+    RUN/config.json                              what was asked for
+    RUN/metrics.jsonl                            one line per logged step
+    RUN/samples/step-00001000.png                sample grids
+    RUN/checkpoints/step-00001000.safetensors    the last two: tensors and plain values
+    RUN/tensorboard/                             what Accelerate's tracker writes
 
 Resume is the same command. It is exact because nothing random is carried over: every draw comes
 from a generator seeded by (seed, step, stream), and the losses logged after the last checkpoint are
 dropped and computed again.
 """
 
+import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
+from PIL import Image
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,29 +31,16 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from generators.command import console, printable
+from generators.disk import held, write_atomically
+
 KEEP = 2  # checkpoints
+FORMAT = "training 2"  # of a checkpoint
 M = TypeVar("M", bound=nn.Module)
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training stopped because a loss was NaN or infinite; the message names the batch's file."""
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls write(temporary path) and renames: `path` is either the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the user's own: safetensors would leave 0600
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def record(
@@ -61,7 +50,7 @@ def record(
     own. ValueError when that differs in more than the `changeable` fields."""
     new = json.loads(json.dumps(config, default=str))
     if begun and file.exists():
-        old, now = flat(json.loads(file.read_text())), flat(new)
+        old, now = flat(read_config(file)), flat(new)
         fields = (old.keys() | now.keys()) - set(changeable)
         changed = sorted(k for k in fields if old.get(k) != now.get(k))
         if changed:
@@ -70,6 +59,17 @@ def record(
                 "repeat its command to go on with it, or give another run folder"
             )
     write_atomically(file, lambda p: p.write_text(json.dumps(new, indent=2) + "\n"))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """ValueError where the file is not what `record` wrote."""
+    try:
+        config = json.loads(file.read_text()) if file.is_file() else None
+    except (ValueError, RecursionError):  # of JSON and of UTF-8
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not the configuration of a run; give another run folder.")
+    return config
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -83,6 +83,27 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+RANGES: dict[str, Callable[[float], bool]] = {
+    "of 1 or more": lambda x: x >= 1,
+    "of 0 or more": lambda x: x >= 0,
+    "above 0": lambda x: x > 0,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+}
+
+
+def check_numbers(config: Any, ranges: Mapping[str, Sequence[str]]) -> None:
+    """ValueError unless all numbers of a dataclass of options, nested ones too, are finite, and
+    those named for a range of RANGES lie in it. None, an option not given, does."""
+    for name, value in flat(dataclasses.asdict(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a finite number.")
+    for text, names in ranges.items():
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not RANGES[text](value):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; give a number {text}.")
+
+
 class RunFolder:
     """Owns one run folder. Only the main process should write to it."""
 
@@ -90,68 +111,142 @@ class RunFolder:
         self.path = path
         self.samples = path / "samples"
         self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
 
-    def prepare(self, config: Mapping[str, Any], changeable: tuple[str, ...] = ()) -> None:
-        """Makes the folders and records the configuration.
+    @contextmanager
+    def opened(self, config: Mapping[str, Any], changeable: tuple[str, ...]) -> Iterator[None]:
+        """Makes the folders and records the configuration; the folder is this process's own until
+        the end, whatever that is.
 
-        ValueError when it holds a run that differs in more than the `changeable` fields.
+        ValueError when another training is at work in it, or when it holds a run that differs in
+        more than the `changeable` fields.
         """
-        self.samples.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        for leftover in self.checkpoints.glob(".*.tmp"):
-            leftover.unlink()
-        record(self.path / "config.json", config, changeable, self.latest() is not None)
+        with held(self.path):
+            for folder in (self.samples, self.checkpoints):
+                folder.mkdir(exist_ok=True)
+            for folder in (self.path, self.samples, self.checkpoints):
+                for leftover in folder.glob(f".{'[0-9a-f]' * 16}.*.tmp"):
+                    leftover.unlink()  # of a process that was killed
+            if any(self.checkpoints.glob("step-*.pt")):
+                raise ValueError(
+                    f"{self.path} holds a run of an older version of this project; go on with that "
+                    "version, or give another run folder."
+                )
+            record(self.path / "config.json", config, changeable, bool(self.saved()))
+            yield
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint, or None."""
-        found = sorted(self.checkpoints.glob("step-*.pt"))
-        return found[-1] if found else None
+    # -------------------------------------------------------------------- checkpoints
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes checkpoints/step-XXXXXXXX.pt atomically and drops all but the newest KEEP."""
-        write_atomically(
-            self.checkpoints / f"step-{step:08d}.pt",
-            lambda p: torch.save(state | {"step": step}, p),
-        )
-        for old in sorted(self.checkpoints.glob("step-*.pt"))[:-KEEP]:
+    def saved(self) -> list[Path]:
+        """The checkpoints, the newest last."""
+        return sorted(self.checkpoints.glob("step-*.safetensors"))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Writes checkpoints/step-XXXXXXXX.safetensors whole or not at all, and drops all but the
+        newest KEEP; what is beyond `step` could not be read, or is computed anew."""
+        path = self.checkpoints / f"step-{step:08d}.safetensors"
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(values)
+        metadata = {"format": FORMAT, "values": text, "checksum": checksum(stored, text)}
+        write_atomically(path, lambda p: save_file(stored, p, metadata))
+        saved = self.saved()
+        until = saved.index(path) + 1
+        for old in saved[: max(until - KEEP, 0)] + saved[until:]:
             old.unlink()
 
-    def resume(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The newest state (its "step" included), or None. Reads tensors and plain values only."""
-        newest = self.latest()
-        return (
-            None if newest is None else torch.load(newest, map_location=device, weights_only=True)
-        )
+    def resume(self, load: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> str:
+        """Gives the newest checkpoint to `load`; if that cannot be, the one before. Returns why.
+
+        ValueError if there are checkpoints and none can be loaded.
+        """
+        reasons = []
+        for path in reversed(self.saved()):
+            try:
+                load(*read_checkpoint(path))
+            except ValueError as error:
+                reasons.append(f"{path.name} cannot be used: {printable(error)}.")
+                continue
+            return f"{' '.join(reasons)} Going on from {path.name}.\n" if reasons else ""
+        if reasons:
+            raise ValueError(
+                f"{self.checkpoints} has no checkpoint to go on from. {' '.join(reasons)} "
+                "Put back a copy, or begin anew in another run folder."
+            )
+        return ""
+
+    # ------------------------------------------------------------------------ metrics
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the lines logged after `step`, and a half-written last one."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
+        """Drops the lines logged after `step`, and a last one that was cut.
+
+        ValueError where the file is not what `log` wrote.
+        """
+        if not self.metrics.exists():
             return
+        if not self.metrics.is_file():
+            raise ValueError(f"{self.metrics} is not a file; move it away.")
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
         kept = []
-        for line in file.read_text().splitlines():
+        for i, line in enumerate(lines):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue
-        write_atomically(file, lambda p: p.write_text("".join(kept)))
+                if int(json.loads(line)["step"]) <= step:
+                    kept.append(line.rstrip() + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                if i + 1 < len(lines):
+                    raise ValueError(
+                        f"Line {i + 1} of {self.metrics} is not of a training; move the file away."
+                    ) from None
+        if kept != lines:
+            write_atomically(self.metrics, lambda p: p.write_bytes(b"".join(kept)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics)) from error
+
+    def save_sheet(self, step: int, sheet: Image.Image) -> None:
+        """samples/step-XXXXXXXX.png"""
+        path = self.samples / f"step-{step:08d}.png"
+        write_atomically(path, lambda p: sheet.save(p, "PNG"))
 
     def save_bad_batch(self, step: int, rank: int, tensors: dict[str, Tensor]) -> Path:
         """Keeps what a non-finite loss was computed from; returns the file."""
-        from safetensors.torch import save_file
-
         path = self.path / f"non-finite-step-{step:08d}-rank-{rank}.safetensors"
-        write_atomically(
-            path,
-            lambda p: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, p),
-        )
+        stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        write_atomically(path, lambda p: save_file(stored, p))
         return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `RunFolder.save` was given, and nothing else: no code is run. ValueError says why not,
+    as the end of a sentence."""
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError("it is of another version or another program")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        values = json.loads(metadata["values"])
+    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    if metadata.get("checksum") != checksum(tensors, metadata["values"]):
+        raise ValueError("it is damaged (its checksum is another)")
+    if not isinstance(values, dict):
+        raise ValueError("it holds no step")
+    return tensors, values
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of the bytes of contiguous tensors on the CPU, and of the text."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def seed_of(*parts: object) -> int:
@@ -170,61 +265,6 @@ def rows_of_rank(whole: Tensor, rank: int, world: int) -> Tensor:
     return whole[rank * share : (rank + 1) * share]
 
 
-def average_gradients(module: nn.Module, world: int) -> None:
-    """All-reduces the gradients to their mean over processes, in one message."""
-    if world == 1:
-        return
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    torch.distributed.all_reduce(flat)
-    flat /= world
-    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * module, over parameters; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for mean, now in zip(average.buffers(), module.buffers(), strict=True):
-        mean.copy_(now)
-
-
-class LossMeter:
-    """Means of scalar losses between two readings, kept on the device: reading is the only sync.
-
-    It also remembers the first step with a non-finite value: its batch can be drawn again.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.bad_step = torch.full((), -1, device=device)
-
-    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        for name, scalar in values.items():
-            value = scalar.detach().to(dtype)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-            fresh_bad = ~torch.isfinite(value) & (self.bad_step < 0)
-            self.bad_step = torch.where(fresh_bad, step, self.bad_step)
-
-    def read(self, world: int) -> tuple[dict[str, float], int | None]:
-        """Means over steps and processes since the last reading, and the first bad step or None."""
-        names = sorted(self.sums)
-        if not names:
-            return {}, None
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
-        if world > 1:
-            torch.distributed.all_reduce(means)
-            means /= world
-        bad = int(self.bad_step)
-        self.sums, self.counts = {}, {}
-        return dict(zip(names, means.tolist(), strict=True)), None if bad < 0 else bad
-
-
 def frozen(module: M) -> M:
     """The module in evaluation mode, without gradients for its weights."""
     return module.eval().requires_grad_(False)
@@ -236,24 +276,16 @@ def progress(total: int, start: int, enabled: bool, unit: str = "steps") -> Iter
     if not enabled:
         yield lambda step, **values: None
         return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rate]}{task.fields[values]}"),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("train", total=total, completed=start, rate="", values="")
+    bars = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    texts = (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*bars, *texts, console=console) as bar:
+        task = bar.add_task("", total=total, completed=start)
 
         def advance(step: int, **values: float) -> None:
             bar.update(task, completed=step)
-            speed = bar.tasks[0].speed
-            if speed:
-                bar.update(task, rate=f"{speed:.1f}/s ")
             if values:
-                bar.update(task, values=" ".join(f"{k} {v:.3g}" for k, v in values.items()))
+                newest = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+                rate = bar.tasks[0].speed
+                bar.update(task, description=(f"{rate:.1f}/s " if rate else "") + newest)
 
         yield advance

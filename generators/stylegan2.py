@@ -12,7 +12,7 @@ Shape letters: B batch, L layers of w+, D w dimension, Z z dimension, R resoluti
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ NoiseMode = Literal["const", "random", "none"]
 
 
 def resolutions_up_to(resolution: int) -> list[int]:
-    """[4, 8, …, resolution]; ValueError unless resolution is a power of two from 4 on."""
-    if resolution < 4 or resolution & (resolution - 1):
-        raise ValueError(f"resolution must be a power of two, 4 or more, not {resolution}")
+    """[4, 8, …, resolution]; ValueError unless resolution is a power of two from 4 to 16384."""
+    if not 4 <= resolution <= 1 << 14 or resolution & (resolution - 1):
+        raise ValueError(f"resolution must be a power of two, 4 to 16384, not {resolution}")
     return [2**i for i in range(2, resolution.bit_length())]
 
 
@@ -48,11 +48,11 @@ def channel_widths(
 @dataclass(frozen=True)
 class GeneratorConfig:
     resolution: int = 64  # output side R in pixels, a power of two
-    z_dim: int = 512
-    w_dim: int = 512
-    mapping_layers: int = 8
+    z_dim: int = 512  # Z, 1 or more
+    w_dim: int = 512  # D, 1 or more
+    mapping_layers: int = 8  # fully connected ones from z to w
     channel_base: int = 32768  # channels at resolution r: min(channel_base // r, channel_max)
-    channel_max: int = 512
+    channel_max: int = 512  # 1 or more
     widths: tuple[int, ...] = ()  # channels at 4, 8, … R; overrides the two above
     conv_clamp: float | None = None  # of activations; 256 in NVIDIA's mixed-precision networks
 
@@ -62,6 +62,8 @@ class GeneratorConfig:
             raise ValueError(
                 "z_dim, w_dim, mapping_layers and the channels of each resolution must be 1 or more"
             )
+        if self.conv_clamp is not None and not self.conv_clamp > 0:
+            raise ValueError(f"conv_clamp must be a number above 0, or none, not {self.conv_clamp}")
 
     @property
     def channels(self) -> dict[int, int]:
@@ -238,6 +240,9 @@ class SynthesisNetwork(nn.Module):
 class Generator(nn.Module):
     """Mapping and synthesis. `w_avg` (D,) is the mean of w that truncation pulls towards."""
 
+    kind: ClassVar[str] = "generator"
+    config_class: ClassVar[type] = GeneratorConfig
+
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
@@ -270,27 +275,3 @@ class Generator(nn.Module):
     ) -> Tensor:
         """z (B, Z) -> images (B, 3, R, R), about [-1, 1]."""
         return self.synthesis(self.map(z, truncation, truncation_cutoff), noise_mode)
-
-
-def mix_styles(ws_a: Tensor, ws_b: Tensor, probability: float, rng: torch.Generator) -> Tensor:
-    """Style mixing: ws_a (B, L, D), with ws_b's layers from a crossover on in about `probability`
-    of the pictures (Karras et al. 2019, arXiv:1812.04948, section 3.1; there 0.9).
-
-    The crossover is uniform in 1 … L - 1, another one for each picture.
-    """
-    batch, layers, _ = ws_a.shape
-    crossover = torch.randint(1, layers, (batch, 1), generator=rng, device=rng.device)
-    mixed = torch.rand(batch, 1, generator=rng, device=rng.device) < probability
-    from_b = mixed & (torch.arange(layers, device=rng.device) >= crossover)  # (B, L)
-    return torch.where(from_b[:, :, None].to(ws_a.device), ws_b, ws_a)
-
-
-__all__ = [
-    "Generator",
-    "GeneratorConfig",
-    "MappingNetwork",
-    "NoiseMode",
-    "SynthesisNetwork",
-    "channel_widths",
-    "mix_styles",
-]

@@ -1,6 +1,6 @@
 """Super-resolution of the generators' pictures: a small residual network on top of bicubic, x2.
 
-    network = load(resolve("superres64"), "superres")             # generators.checkpoint
+    network = load(resolve("superres64"), SuperResolution)             # generators.checkpoint
     large = upscale(network, images, 256)                         # (B, 3, 64, 64) -> 256 x 256
 
     high = patches(random_batch(data, 8, rng), 96, rng)           # one training step:
@@ -12,6 +12,7 @@ the picture only, never its size. Letters: B batch, W width, r and R = 2 r resol
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,9 @@ class Block(nn.Module):
 
 class SuperResolution(nn.Module):
     """One x2 step: bicubic, plus what the network adds. Untrained, it is bicubic."""
+
+    kind: ClassVar[str] = "superres"
+    config_class: ClassVar[type] = SuperResolutionConfig
 
     def __init__(self, config: SuperResolutionConfig) -> None:
         super().__init__()

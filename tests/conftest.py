@@ -3,6 +3,7 @@
 pytest tests
 """
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.stylegan2 import Generator, GeneratorConfig
 
 torch.set_num_threads(1)
+# of a shell's background job Ctrl-C is ignored, and so it would be in the commands tested here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = GeneratorConfig(resolution=16, z_dim=8, w_dim=8, mapping_layers=2, widths=(8, 6, 4))
 

@@ -4,15 +4,19 @@ pytest tests/test_benchmarks.py
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import common
+import examples_sheet
+import generator
 import latency
 import pytest
-import report
+import quality
+import superres
 import torch
-import training
+import training_speed
+from processes import code_of
 
 from encoder.model import Encoder, EncoderConfig
 from generators.checkpoint import save
@@ -39,11 +43,10 @@ def networks(tmp_path, face, anime) -> list[str]:
     return [*options, "--pictures", str(tmp_path / "photos")]
 
 
-def run(script, arguments, tmp_path, monkeypatch, capsys) -> dict:
+def run(script, arguments, tmp_path, capsys) -> dict:
     """main() in this process -> the report, printed and written alike."""
     file = tmp_path / "out" / "report.json"
-    monkeypatch.setattr(sys, "argv", ["script.py", *arguments, "--output", str(file)])
-    script.main()
+    assert script.main([*arguments, "--output", str(file)]) == 0
     written = json.loads(file.read_text())
     assert written == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert str(tmp_path) not in file.read_text()
@@ -63,27 +66,27 @@ def check(row: dict, images: int, imports: float) -> None:
 
 def test_the_stopwatch_leaves_the_warm_up_out():
     calls = []
-    assert len(report.stopwatch(lambda: calls.append(1), 5, CPU, warm_up=2)) == 5
+    assert len(common.stopwatch(lambda: calls.append(1), 5, CPU, warm_up=2)) == 5
     assert len(calls) == 7
 
 
 def test_percentiles_are_milliseconds():
-    assert report.percentiles([0.003, 0.001, 0.002]) == {"p50_ms": 2.0, "p95_ms": 2.9}
-    assert report.percentiles([0.004]) == {"p50_ms": 4.0, "p95_ms": 4.0}
+    assert common.percentiles([0.003, 0.001, 0.002]) == {"p50_ms": 2.0, "p95_ms": 2.9}
+    assert common.percentiles([0.004]) == {"p50_ms": 4.0, "p95_ms": 4.0}
 
 
 def test_a_process_has_a_peak_of_its_own():
     ballast = torch.ones(2**27)  # 512 MB that only this process holds
-    [peak] = report.in_processes(report.peak_memory_mb)
-    assert 50 < peak < report.peak_memory_mb() - 400 and len(ballast)
+    [peak] = common.in_processes(common.peak_memory_mb)
+    assert 50 < peak < common.peak_memory_mb() - 400 and len(ballast)
 
 
 # -------------------------------------------------------------------------------- latency
 
 
-def test_latency_measures_every_stage(networks, tmp_path, monkeypatch, capsys):
+def test_latency_measures_every_stage(networks, tmp_path, capsys):
     asked = ("--resolutions", "16", "--batch-sizes", "2", "--variants", "channels_last")
-    made = run(latency, [*networks, *SMALL, *asked], tmp_path, monkeypatch, capsys)
+    made = run(latency, [*networks, *SMALL, *asked], tmp_path, capsys)
     rows = {row["stage"]: row for row in made["rows"]}
     assert list(rows) == ["align", *latency.STAGES] and len(made["rows"]) == 6
     for stage, row in rows.items():
@@ -136,27 +139,31 @@ def test_a_compiled_row_says_its_difference_or_why_it_has_no_times(config, monke
     assert row["reason"] == "does not compile: RuntimeError, no g++ here" and "p50_ms" not in row
 
 
-def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, capsys):
     for script, options, sentence in (
         (latency, ["--batch-sizes", "0"], "at least 1"),
         (latency, ["--resolutions", "8"], "16 or more"),
-        (training, ["--backbones", "resnet19"], "timm knows no resnet19"),
-        (training, ["--face-generator", "nowhere"], "nowhere"),
+        (latency, ["--device", "bogus"], "bogus cannot be used here"),
+        (latency, ["--repeats", "0"], "--repeats is 0"),
+        (latency, ["--output", str(tmp_path)], "is a folder"),
+        (quality, ["face64", "--data", str(tmp_path / "none")], "check the path"),
+        (superres, ["--data", f"{tmp_path}/none@x"], "needs its resolution"),
+        (examples_sheet, [str(tmp_path / "none"), str(tmp_path / "a.png")], "check the path"),
+        (generator, ["--reference", str(tmp_path)], "no training/networks.py"),
+        (training_speed, ["--backbones", "resnet19"], "timm knows no resnet19"),
+        (training_speed, ["--face-generator", "nowhere"], "nowhere"),
     ):
-        monkeypatch.setattr(sys, "argv", ["script.py", *options])
-        with pytest.raises(SystemExit) as exit:
-            script.main()
-        assert exit.value.code == 2
+        assert code_of(script.main, options) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------- training
 
 
-def test_training_measures_steps_of_one_and_two_processes(networks, tmp_path, monkeypatch, capsys):
+def test_training_measures_steps_of_one_and_two_processes(networks, tmp_path, capsys):
     arguments = [*networks[:2], *SMALL, "--backbones", "mobilenetv3_small_050", "--batch-size", "4"]
     arguments += ["--resolutions", "32", "--precisions", "fp32", "--processes", "1", "2"]
-    made = run(training, arguments, tmp_path, monkeypatch, capsys)
+    made = run(training_speed, arguments, tmp_path, capsys)
     asked = [(row["resolution"], row["processes"], row["generator"]) for row in made["rows"]]
     assert asked == [(32, n, "random weights") for n in (1, 2)]
     for row in made["rows"]:
@@ -165,10 +172,11 @@ def test_training_measures_steps_of_one_and_two_processes(networks, tmp_path, mo
 
 
 def test_the_generator_at_its_own_resolution_is_the_trained_one(networks, tmp_path):
-    config = training.Config(face_generator=networks[1])
-    assert training.generator_file(config, 16, tmp_path) == (networks[1], "trained")
+    config = training_speed.Config(face_generator=networks[1])
+    assert training_speed.generator_file(config, 16, tmp_path) == (networks[1], "trained")
 
 
 def test_what_a_device_cannot_do_is_said_in_the_row(tmp_path):
-    row = training.row_of(training.Config(), training.Job("resnet18d", 64, "fp16", 1), tmp_path)
+    job = training_speed.Job("resnet18d", 64, "fp16", 1)
+    row = training_speed.row_of(training_speed.Config(), job, tmp_path)
     assert row["reason"] == "fp16 training needs a GPU" and "p50_ms" not in row

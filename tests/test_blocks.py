@@ -5,7 +5,6 @@ pytest tests/test_blocks.py
 
 import copy
 import math
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -19,14 +18,13 @@ from generators.blocks import (
     blend,
     freeze_discriminator,
     freeze_generator,
-    labelled,
     main,
     swap,
     swap_grid,
 )
 from generators.checkpoint import save
 from generators.images import open_image
-from generators.principal import StyleLimit
+from generators.latents import StyleLimit
 
 RESOLUTIONS = (4, 8, 16)
 
@@ -102,11 +100,11 @@ def test_invalid_number_of_blocks(discriminator, wrong):
 # ------------------------------------------------------------------- swapping, blending
 
 
-@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
-def test_swap_takes_each_tensor_from_its_side(face, anime, from_resolution):
+@pytest.mark.parametrize("swap_resolution", RESOLUTIONS)
+def test_swap_takes_each_tensor_from_its_side(face, anime, swap_resolution):
     before = copy.deepcopy((face.state_dict(), anime.state_dict()))
-    late = tuple(f"synthesis.b{r}." for r in RESOLUTIONS if r >= from_resolution)
-    swapped = swap(face, anime, from_resolution).state_dict()
+    late = tuple(f"synthesis.b{r}." for r in RESOLUTIONS if r >= swap_resolution)
+    swapped = swap(face, anime, swap_resolution).state_dict()
     for name, tensor in swapped.items():
         source = anime if name.startswith(late) else face
         assert torch.equal(tensor, source.state_dict()[name]), name
@@ -116,10 +114,10 @@ def test_swap_takes_each_tensor_from_its_side(face, anime, from_resolution):
 
 
 @pytest.mark.parametrize("width", [0.0, 1e-9])
-@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
-def test_a_blend_without_width_is_a_swap(face, anime, from_resolution, width):
-    blended = blend(face, anime, from_resolution, width)
-    assert same(blended.state_dict(), swap(face, anime, from_resolution).state_dict())
+@pytest.mark.parametrize("swap_resolution", RESOLUTIONS)
+def test_a_blend_without_width_is_a_swap(face, anime, swap_resolution, width):
+    blended = blend(face, anime, swap_resolution, width)
+    assert same(blended.state_dict(), swap(face, anime, swap_resolution).state_dict())
 
 
 def test_blend_has_the_stated_shares(face, anime):
@@ -165,12 +163,12 @@ def test_the_spelling_of_the_channels_does_not_matter(generator_from_seed, tiny_
 
 
 @pytest.mark.parametrize("noise_mode", ["const", "none"])
-@pytest.mark.parametrize("from_resolution", RESOLUTIONS)
-def test_swapped_synthesis_equals_swap_to_the_bit(face, anime, ws, from_resolution, noise_mode):
-    synthesis = SwappedSynthesis(face, anime, from_resolution, style_limit=math.inf)
+@pytest.mark.parametrize("swap_resolution", RESOLUTIONS)
+def test_swapped_synthesis_equals_swap_to_the_bit(face, anime, ws, swap_resolution, noise_mode):
+    synthesis = SwappedSynthesis(face, anime, swap_resolution, style_limit=math.inf)
     reconstruction, drawn = synthesis(ws, noise_mode, both=True)
     assert drawn.shape == (3, 3, 16, 16)
-    assert torch.equal(drawn, swap(face, anime, from_resolution).synthesis(ws, noise_mode))
+    assert torch.equal(drawn, swap(face, anime, swap_resolution).synthesis(ws, noise_mode))
     assert torch.equal(reconstruction, face.synthesis(ws, noise_mode))
     assert torch.equal(drawn, synthesis(ws, noise_mode))
     assert not torch.equal(drawn, reconstruction)
@@ -229,56 +227,45 @@ def test_swap_grid_blends(face, anime, ws):
     assert torch.equal(swap_grid(face, anime, ws, "blend", 0.0), swap_grid(face, anime, ws))
 
 
-def test_labels_stand_above_the_picture():
-    picture = Image.new("RGB", (120, 30), "red")
-    result = labelled(picture, ["a", "b", "c"])
-    top = result.height - 30
-    assert top > 0 and result.crop((0, top, 120, result.height)).tobytes() == picture.tobytes()
-    header = result.convert("L").crop((0, 0, 120, top))
-    assert all(header.crop((x, 0, x + 40, top)).getextrema()[0] < 128 for x in (0, 40, 80))
-
-
-def test_long_labels_keep_apart():
-    picture = Image.new("RGB", (4 * 96, 10))
-    result = labelled(picture, ["reconstruction", *(f"anime64 n = {n}" for n in (1, 2, 3))])
-    header = result.convert("L").crop((0, 0, 4 * 96, result.height - 10))
-    for border in (96, 192, 288):
-        assert header.crop((border - 2, 0, border + 2, header.height)).getextrema() == (255, 255)
-    assert header.getextrema()[0] < 128
-
-
 @pytest.fixture
-def command(tmp_path, face, anime, monkeypatch):
-    """Runs `python -m generators.blocks face anime --grid out/grid.png OPTIONS`."""
+def command(tmp_path, face, anime):
+    """Runs `python -m generators.blocks face anime --grid out/grid.png OPTIONS`: its exit code."""
     files = []
     for name, module in (("face", face), ("anime", anime)):
         files.append(str(tmp_path / f"{name}.safetensors"))
         save(files[-1], module)
 
-    def run(*options: object) -> Image.Image:
-        out = tmp_path / "out" / "grid.png"
-        arguments = ["blocks", *files, "--grid", str(out), *map(str, options)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        main()
-        return open_image(out)
+    def run(*options: object) -> int:
+        return main([*files, "--grid", str(tmp_path / "out" / "grid.png"), *map(str, options)])
 
     return run
 
 
-def test_the_command_draws_faces_from_a_seed(command):
-    picture = command("--faces", 2, "--size", 32)
+@pytest.fixture
+def drawn(command, tmp_path):
+    """The same: the picture."""
+
+    def run(*options: object) -> Image.Image:
+        assert command(*options, "--overwrite") == 0
+        return open_image(tmp_path / "out" / "grid.png")
+
+    return run
+
+
+def test_the_command_draws_faces_from_a_seed(drawn):
+    picture = drawn("--faces", 2, "--size", 32)
     assert picture.width == 4 * 32 and 64 < picture.height < 96
-    assert command("--faces", 2, "--size", 32).tobytes() == picture.tobytes()
+    assert drawn("--faces", 2, "--size", 32).tobytes() == picture.tobytes()
     for options in (("--seed", 1), ("--truncation", 1), ("--mode", "blend", "--width", 1)):
-        other = command("--faces", 2, "--size", 32, *options)
+        other = drawn("--faces", 2, "--size", 32, *options)
         assert other.size == picture.size and other.tobytes() != picture.tobytes()
 
 
-def test_the_command_takes_latents(command, tmp_path, face, ws):
+def test_the_command_takes_latents(drawn, tmp_path, face, ws):
     save_file({"ws": ws}, tmp_path / "all.safetensors")
     save_file({"ws": ws[1]}, tmp_path / "one.safetensors")
-    rows = command("--latents", tmp_path / "all.safetensors", "--size", 16)
-    one = command("--latents", tmp_path / "one.safetensors", "--size", 16)
+    rows = drawn("--latents", tmp_path / "all.safetensors", "--size", 16)
+    one = drawn("--latents", tmp_path / "one.safetensors", "--size", 16)
     assert rows.height - one.height == 2 * 16
     top = one.height - 16
     assert one.crop((0, top, 64, top + 16)).tobytes() == (
@@ -289,24 +276,38 @@ def test_the_command_takes_latents(command, tmp_path, face, ws):
 @pytest.mark.parametrize(
     "tensors, complaint",
     [
-        ({"w": (6, 8)}, "has none"),
-        ({"ws": (2, 5, 8)}, "has one of shape"),
-        ({"ws": (0, 6, 8)}, "0"),
+        ({"w": torch.zeros(6, 8)}, "needs a tensor `ws` of shape (N, 6, 8), and has none"),
+        ({"ws": torch.zeros(2, 5, 8)}, "(N, 6, 8), and has one of shape (2, 5, 8)"),
+        ({"ws": torch.zeros(0, 6, 8)}, "(N, 6, 8), and has one of shape (0, 6, 8)"),
+        ({"ws": torch.full((6, 8), torch.nan)}, "ws has values that are not finite"),
     ],
 )
 def test_foreign_latents_are_one_sentence(command, tmp_path, capsys, tensors, complaint):
-    file = tmp_path / "latents.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    save_file(tensors, tmp_path / "latents.safetensors")
+    assert command("--latents", tmp_path / "latents.safetensors") == 2
+    assert not (tmp_path / "out").exists()
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--faces", 0),
+        ("--size", 1_000_000),
+        ("--mode", "blend", "--width", -1),
+        ("--truncation", "nan"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_draw(command, capsys, options):
     with pytest.raises(SystemExit) as exit:
-        command("--latents", file)
-    assert exit.value.code == 2 and not (tmp_path / "out").exists()
-    message = " ".join(capsys.readouterr().err.split())
-    assert "needs a tensor `ws` of shape (N, 6, 8)" in message and complaint in message
+        command(*options)
+    assert exit.value.code == 2 and " must be " in capsys.readouterr().err
 
 
-def test_the_command_refuses_what_it_cannot_draw(command, capsys):
-    for options in (("--faces", 0), ("--mode", "blend", "--width", -1)):
-        with pytest.raises(SystemExit) as exit:
-            command(*options)
-        assert exit.value.code == 2
-        assert " must be " in capsys.readouterr().err
+def test_the_command_replaces_no_picture_unasked(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "grid.png").write_text("mine")
+    assert command("--faces", 1) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "grid.png").read_text() == "mine"
+    assert command("--faces", 1, "--overwrite") == 0

@@ -13,7 +13,9 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +25,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tyro
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from generators.checkpoint import load, read_metadata
 from generators.convert import convert, main
-from generators.pickles import Unpickler
+from generators.discriminator import Discriminator
+from generators.pickles import (
+    TORCH_LEGACY,
+    Budget,
+    Node,
+    Refused,
+    load_torch,
+    mapping,
+    read_pickle,
+    tensor,
+    walk,
+)
+from generators.stylegan2 import Generator
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -206,7 +221,19 @@ def test_strided_tensors_are_read(write):
     ("change", "sentence"),
     [
         ({"init": {"c_dim": 10}}, "conditional"),
-        ({"layer": {"c_dim": 0, "activation": "relu"}}, "activation 'relu'"),
+        ({"layer": {"c_dim": 0, "activation": "relu"}}, "activation relu; only lrelu"),
+        ({"layer": {"activation": "linear"}}, "activation linear; only lrelu"),
+        ({"layer": {"architecture": "orig"}}, "architecture orig; only "),
+        ({"layer": {"use_noise": False}}, "use_noise False; only True"),
+        ({"layer": {"architecture": [[["a\x1b"]]]}}, "architecture of another kind"),
+        ({"synthesis__b8__torgb__weight": torch.ones(1, 24, 1, 1)}, "of 1 channels; only RGB"),
+        ({"synthesis__b8__torgb__weight": torch.ones(4, 24, 1, 1)}, "of 4 channels; only RGB"),
+        ({"synthesis__b8__conv0__weight": torch.ones(24, 24, 5, 5)}, "convolutions of 5 x 5"),
+        ({"mapping__fc1__weight": torch.ones(32, 24)}, r"mapping layers \(layer_features\)"),
+        (
+            {"mapping__w_avg": torch.full((24,), float("nan"))},
+            r"mapping\.w_avg has values that are",
+        ),
         ({"layer": {"bias_gain": 1}}, "lr_multiplier"),
         ({"layer": {"conv_clamp": "256"}}, "not numbers"),
         ({"mapping__embed__weight": torch.ones(2, 2)}, r"unknown tensor mapping\.embed\.weight"),
@@ -217,7 +244,13 @@ def test_strided_tensors_are_read(write):
             {"synthesis__b8__resample_filter": torch.ones(4, 4)},
             r"another filter than \[1, 3, 3, 1\]",
         ),
-        ({"mapping__fc0__weight": torch.ones(7, 16)}, r"shape \(7, 16\)"),
+        ({"layer": {"conv_clamp": float("nan")}}, "settings that are not numbers"),
+        ({"layer": {"conv_clamp": -1.0}}, "conv_clamp must be a number above 0"),
+        (
+            {"synthesis__b32__conv1__weight": torch.ones(10**5, 1, 3, 3)},
+            "a larger network than the file holds",
+        ),
+        ({"mapping__fc0__bias": torch.ones(7)}, r"shape \(7,\)"),
         ({"synthesis__b64__torgb__bias": torch.ones(3)}, "unknown"),
     ],
 )
@@ -358,16 +391,15 @@ def test_hostile_pickles_are_refused(write, name, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_of_a_file_outlives_it():
-    first = Unpickler(io.BytesIO(b"ccollections\nOrderedDict\n.")).load()
-    second = Unpickler(io.BytesIO(b"ccollections\nOrderedDict\n.")).load()
-    assert first is not second and first is not OrderedDict
+def test_globals_are_records_not_the_things_themselves():
+    found = read_pickle(io.BytesIO(b"ccollections\nOrderedDict\n."))
+    assert type(found) is Node and found.path == "collections.OrderedDict"
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_hostile_torch_files_are_refused(write, zipped, tmp_path):
     path = write(saved({"g_ema": {"w": MKDIR}}, zipped))
-    refused(path, "more than tensors")
+    refused(path, r"asks for posix\.mkdir, which no network needs; do not trust")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -407,6 +439,11 @@ def test_rosinality_as_its_trainer_saves_it(write, zipped):
     [
         (lambda c: c.pop("g_ema"), "holds no g_ema, only g, d", "g_ema"),
         (lambda c: c["g_ema"].update(extra=torch.ones(1)), "unknown tensor extra", "g_ema"),
+        (
+            lambda c: c["g_ema"].update({"convs.999999999999.conv.weight": torch.ones(1)}),
+            r"unknown tensor convs\.999999999999",
+            "g_ema",
+        ),
         (lambda c: c["d"].update({"convs.9.x": torch.ones(1)}), r"unknown tensor convs\.9\.x", "d"),
         (lambda c: c["g_ema"].pop("noises.noise_3"), "1 tensors are missing", "g_ema"),
         (
@@ -427,33 +464,171 @@ def test_truncated_torch_files_are_one_sentence(write, keep):
     refused(write(ROSINALITY.read_bytes()[:keep]), "get the .pkl or .pt again")
 
 
+# --- Files that would never end, or crash the interpreter ----------------------------------------
+
+
+DOUBLING = b"\x80\x02)" + b"q\x00h\x00\x86" * 40  # a tuple of two times the one before, 2^40 leaves
+DEEP = b"\x80\x02)" + b"\x85" * 100_000
+MANY = b"\x80\x02" + b"N0" * 300_000
+GLOBAL = b"cc\n" + b"a\x1b[2J" * 200_000 + b"\n"
+PAIRS = b"(" + b"K\x01K\x02\x86" * 10_000 + b"lq\x00"  # a list of 10,000 pairs, as number 0
+COPIES = b"\x80\x02" + PAIRS + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 10_000
+BOMBS = {
+    "a doubling tuple": DOUBLING + b".",
+    "a doubling tuple as a key": b"\x80\x02}" + DOUBLING[2:] + b"K\x01s.",
+    "a doubling tuple in the pairs of a dict": (
+        b"\x80\x02ccollections\nOrderedDict\n(" + DOUBLING[2:] + b"K\x01\x86l\x85R."
+    ),
+    "a deep tuple": DEEP + b".",
+    "a deep tuple as a key": b"\x80\x02}" + DEEP[2:] + b"K\x01s.",
+    "a deep tuple in a set": b"\x80\x04\x8f(" + DEEP[2:] + b"\x90.",
+    "too many operations": MANY + b"N.",
+    "a long global": GLOBAL + b".",
+    "many copies of a large list": COPIES + b".",
+    "an encoding that takes for ever": (
+        b"\x80\x02c_codecs\nencode\nX\x00\x00\x10\x00"
+        + b"\xc3\xa9" * (1 << 19)
+        + b"X\x08\x00\x00\x00punycode\x86R."
+    ),
+    "a long number": b"\x80\x02\x8b\x00\x00\x10\x00" + b"\x01" * (1 << 20) + b".",
+    "a long key": b"\x80\x02}X\x00\x00\x10\x00" + b"a" * (1 << 20) + b"K\x01s.",
+}
+
+
+def torch_zip(content: bytes) -> bytes:
+    """A file of torch.save with this pickle in place of its own."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/version", "3")
+    return stream.getvalue()
+
+
+def torch_legacy(content: bytes) -> bytes:
+    """The same in the form of before torch 1.6: magic number, version, machine, object, keys."""
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    head = TORCH_LEGACY + pickle.dumps(1001, 2) + pickle.dumps(machine, 2)
+    return head + content + pickle.dumps([], 2)
+
+
+FORMS = {"nvidia": bytes, "zip": torch_zip, "legacy": torch_legacy}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_end_quickly_in_one_short_sentence(write, name, form):
+    path = write(FORMS[form](BOMBS[name]))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"; (do not trust|get|give|choose) ") as caught:
+        convert(path)
+    assert time.perf_counter() - start < 20
+    message = str(caught.value).removeprefix(str(path))
+    assert message.isprintable() and len(message) < 400
+
+
+def test_modules_that_double_by_sharing_are_refused(write):
+    module = Persistent("G", _parameters={}, _buffers={}, _modules={})
+    for _ in range(40):
+        module = Persistent("G", _parameters={}, _buffers={}, _modules={"a": module, "b": module})
+    refused(write(snapshot(G_ema=module)), "unfolds to far more than its size")
+
+
+def test_one_storage_of_many_tensors_is_read_a_few_times_only(write):
+    call = Call(torch.storage._load_from_bytes, saved(torch.ones(10**5)._typed_storage(), False))
+    rebuilt = Call(torch._utils._rebuild_tensor_v2, call, 0, (1,), (1,), False, OrderedDict())
+    weights = {f"w{i}": rebuilt for i in range(400)}
+    network = Persistent("G", _parameters=weights, _buffers={}, _modules={})
+    refused(write(snapshot(G_ema=network)), "unfolds to far more than its size")
+
+
+def test_a_packed_torch_file_is_refused(write):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    refused(write(stream.getvalue()), "packed as torch does not")
+
+
+@settings(deadline=5000, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["nvidia", "zip", "legacy"]),
+    st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=4)), max_size=8),
+    st.floats(0, 2),
+)
+def test_any_bytes_are_read_or_refused(form, changes, keep):
+    data = bytearray(FUZZED[form])
+    for place, replacement in changes:
+        start = place % len(data)
+        data[start : start + len(replacement)] = replacement
+    data = bytes(data[: int(keep * len(data))] if keep < 1 else data)
+    budget = Budget(len(data))
+    try:
+        if form == "nvidia":
+            for _, state in walk(mapping(read_pickle(io.BytesIO(data))).get("G_ema"), budget):
+                for node in mapping(state["_parameters"]).values():
+                    assert node is None or isinstance(tensor(node, budget), Tensor)
+        else:
+            load_torch(data)
+    except Refused as error:
+        assert str(error).isprintable() and len(str(error)) < 500
+    except (MemoryError, SystemExit, KeyboardInterrupt):
+        raise AssertionError(f"{form} with {changes}") from None
+    except Exception as error:  # of damage: pickletools, zipfile and torch raise nearly any
+        assert not isinstance(error, OSError) or error.errno is None
+
+
+FUZZED = {
+    "nvidia": dumps(snapshot(), 2)[:20_000] + dumps({"G_ema": network("D.")}),
+    "zip": saved({"a": torch.ones(3), "b": [torch.zeros(2, 2), "text", (1, 2.5, None)]}, True),
+    "legacy": saved({"a": torch.ones(3), "b": [torch.zeros(2, 2), "text", (1, None)]}, False),
+}
+
+
 # --- The command ---------------------------------------------------------------------------------
 
 
 def test_command(write, tmp_path, capsys):
-    source = write(snapshot())
-    main(source, tmp_path / "g.safetensors", discriminator=tmp_path / "d.safetensors", licence="X")
-    assert "g_ema ->" in capsys.readouterr().out
-    provenance = read_metadata(tmp_path / "g.safetensors")["provenance"]
+    source, out, second = write(snapshot()), tmp_path / "g.safetensors", tmp_path / "d.safetensors"
+    assert main([str(source), str(out), "--discriminator", str(second), "--licence", "X"]) == 0
+    assert "g_ema ->" in capsys.readouterr().err
+    provenance = read_metadata(out)["provenance"]
     assert provenance["licence"] == "X" and provenance["source"] == "network.pkl"
-    images = load(tmp_path / "g.safetensors", "generator").synthesis(NVIDIA["in.wplus"])
-    assert_close(images, NVIDIA["out.image_const"])
-    logits = load(tmp_path / "d.safetensors", "discriminator")(NVIDIA["out.image_const"])
-    assert_close(logits, NVIDIA["out.logits"])
+    assert_close(load(out, Generator).synthesis(NVIDIA["in.wplus"]), NVIDIA["out.image_const"])
+    assert_close(load(second, Discriminator)(NVIDIA["out.image_const"]), NVIDIA["out.logits"])
+    before = out.stat()
+    assert main([str(source), str(out), "--which", "d"]) == 2
+    assert "exists" in capsys.readouterr().err and out.stat() == before
+    assert main([str(source), str(out), "--which", "d", "--overwrite"]) == 0
+    assert load(out, Discriminator).config.resolution == 32
 
 
-def test_nothing_is_written_unless_all_is_read(write, tmp_path):
+def test_neither_the_source_nor_the_other_network_is_overwritten(write, tmp_path, capsys):
+    source, out = write(snapshot()), tmp_path / "g.safetensors"
+    content = source.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link", tmp_path / "x" / ".." / "network.pkl"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        assert main([str(source), str(target), "--overwrite"]) == 2
+        assert main([str(source), str(out), "--discriminator", str(target), "--overwrite"]) == 2
+    assert "is an input and would be replaced" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(source), str(out), "--discriminator", str(out)])
+    assert "are one file" in capsys.readouterr().err
+    assert source.read_bytes() == content and not out.exists()
+
+
+def test_nothing_is_written_unless_all_is_read(write, tmp_path, capsys):
     source = write(snapshot(D=None))
-    with pytest.raises(ValueError, match="holds no D"):
-        main(source, tmp_path / "g.safetensors", discriminator=tmp_path / "d.safetensors")
+    out = [str(tmp_path / name) for name in ("g.safetensors", "d.safetensors")]
+    assert main([str(source), out[0], "--discriminator", out[1]]) == 2
+    assert "holds no D" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_command_line(tmp_path):
     out = tmp_path / "out.safetensors"
-    tyro.cli(main, args=[str(ROSINALITY), str(out), "--which", "d", "--half"])
-    assert load(out, "discriminator").config.resolution == 32
-    command = [sys.executable, "-m", "generators.convert", tmp_path / "none.pt", out]
+    assert main([str(ROSINALITY), str(out), "--which", "d", "--half"]) == 0
+    assert load(out, Discriminator).config.resolution == 32
+    command = [sys.executable, "-m", "generators.convert", tmp_path / "none.pt", tmp_path / "new"]
     failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert failed.returncode == 2 and "no such file" in failed.stderr
     assert failed.stderr.count("\n") == 1

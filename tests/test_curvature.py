@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from generators import checkpoint
 from generators.curvature import Curvature, curvature_of, main, measure
+from generators.stylegan2 import Generator
 
 
 def dense(curvature: Curvature) -> torch.Tensor:
@@ -73,25 +74,40 @@ def test_the_seed_decides(face):
 
 
 def test_command_writes_a_checkpoint(face, tmp_path, capsys):
-    checkpoint.save(tmp_path / "face.safetensors", face, provenance={"licence": "mine"})
-    target = tmp_path / "curvature.safetensors"
-    main(str(tmp_path / "face.safetensors"), target, probes=40, rank=8)
+    source, target = str(tmp_path / "face.safetensors"), tmp_path / "curvature.safetensors"
+    checkpoint.save(source, face, provenance={"licence": "mine"})
+    assert main([source, str(target), "--probes", "40", "--rank", "8"]) == 0
     loaded = curvature_of("other", target)
     assert loaded is not None and loaded.basis.shape == (8, 48)
     assert checkpoint.read_metadata(target)["provenance"]["licence"] == "mine"
-    save_file({"ws": torch.randn(3, 6, 8)}, tmp_path / "ws.safetensors")
-    main(str(tmp_path / "face.safetensors"), target, tmp_path / "ws.safetensors", probes=40, rank=8)
+
+    latents = tmp_path / "ws.safetensors"
+    save_file({"ws": torch.randn(3, 6, 8)}, latents)
+    options = ["--latents", str(latents), "--probes", "40", "--rank", "8"]
+    assert main([source, str(target), *options]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([source, str(target), *options, "--overwrite"]) == 0
     at_photos = curvature_of("other", target)
     assert at_photos is not None and not torch.equal(at_photos.basis, loaded.basis)
     assert checkpoint.read_metadata(target)["provenance"]["at"] == "3 latents of photos"
-    with pytest.raises(SystemExit) as stopped:
-        main(str(tmp_path / "none.safetensors"), target)
-    assert stopped.value.code == 2
+
+    for replaced in (source, str(latents)):
+        assert main([source, replaced, *options, "--overwrite"]) == 2
+        assert "is an input" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.safetensors"), str(target), "--overwrite"]) == 2
+
+
+def test_curvature_that_is_not_finite_is_refused_when_loaded(face, tmp_path):
+    curvature = measure(face, probes=8, rank=4)
+    curvature.values[0] = torch.nan
+    checkpoint.save(tmp_path / "c.safetensors", curvature)
+    with pytest.raises(ValueError, match="values has values that are not finite"):
+        curvature_of("other", tmp_path / "c.safetensors")
 
 
 def test_the_bundled_one_is_of_the_bundled_face():
     curvature, face = curvature_of("face64"), checkpoint.resolve("face64")
     assert curvature is not None
-    generator = checkpoint.load(face, "generator")
+    generator = checkpoint.load(face, Generator)
     assert curvature.basis.shape == (512, generator.num_ws * generator.w_dim)
     assert curvature_of("mine.safetensors") is None

@@ -3,6 +3,8 @@
 pytest tests/test_data.py
 """
 
+import errno
+import os
 import warnings
 
 import datasets
@@ -271,3 +273,42 @@ def test_start_at_resumes_every_rank(hub):
         start_at(stream, 2 * 2, rank, 2, seed=1)
         rest = [random_batch(stream, 4, seeded(step), rank, 2) for step in (2, 3)]
         assert torch.equal(torch.stack(rest), torch.stack(whole[2:]))
+
+
+def test_a_named_pipe_is_no_parquet_file_to_wait_for(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    for spec in (tmp_path, tmp_path / "a.parquet"):
+        with pytest.raises(OSError, match="it is a pipe, a socket or a device, not a file"):
+            open_dataset(spec, 8)
+
+
+def test_a_row_that_names_a_pipe_or_a_device_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    cells = [{"bytes": encoded(photo(1)), "path": None}]
+    cells += [{"bytes": None, "path": str(path)} for path in (tmp_path / "pipe.png", "/dev/zero")]
+    rows = datasets.Dataset.from_dict({"image": cells})
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.warns(UserWarning, match=r"Skipped 2 of 3 pictures\. .*pipe\.png"):
+        assert len(open_dataset(tmp_path / "rows.parquet", 16)) == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", [b"[1]", b"{}", b'{"splits": 5}', b"\xff", b"garbage"])
+def test_a_damaged_saved_data_set_ends_in_a_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="is not a whole folder of Dataset"):
+        open_dataset(tmp_path, 16)
+
+
+def test_a_full_disk_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    (tmp_path / "rows.parquet").touch()
+
+    def full(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("failed") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        open_dataset(tmp_path / "rows.parquet", 16)

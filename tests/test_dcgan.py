@@ -137,7 +137,7 @@ def test_a_file_gives_the_same_networks(generator, judge, tmp_path):
     z, images = torch.randn(2, 6), torch.randn(2, 3, 16, 16)
     for kind, network, x in (("dcgan", generator, z), ("dcgan_discriminator", judge, images)):
         save(tmp_path / kind, network)
-        assert torch.equal(load(tmp_path / kind, kind)(x), network.eval()(x))
+        assert torch.equal(load(tmp_path / kind, type(network))(x), network.eval()(x))
 
 
 # -------------------------------------------------------------------------- training

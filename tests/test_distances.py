@@ -223,3 +223,27 @@ def test_a_truncation_curve_is_deterministic_and_loses_recall(face):
     assert curve == truncation_curve(face, space, real, (0.2, 1.0), samples=60, seed=1)
     fake = pooled_features(space, draw(face, 60, seed=1))
     assert full == {"truncation": 1.0} | compare(real, fake)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    bad = torch.ones(5, 4)
+    bad[2, 1] = value
+    for distance in (frechet_distance, kernel_distance, precision_recall):
+        with pytest.raises(ValueError, match="features of NaN or infinity"):
+            distance(torch.ones(5, 4), bad)
+
+
+def test_a_space_of_weights_that_are_not_finite_is_refused(tmp_path):
+    state = torchvision.models.alexnet(weights=None).features.state_dict()
+    state["0.bias"][0] = torch.nan
+    state = {f"features.{key}": value for key, value in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"features\.0\.bias has values that are not finite"):
+        feature_space(f"alexnet={tmp_path}/a.safetensors")
+    for content in (b"", b"text"):
+        (tmp_path / "b.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"b\.pth: .*; give AlexNet's weights"):
+            feature_space(f"alexnet={tmp_path}/b.pth")
+    with pytest.raises(ValueError, match="there is no such file; give AlexNet's"):
+        feature_space("alexnet=nowhere")

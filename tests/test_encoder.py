@@ -1,10 +1,14 @@
 """The encoder network: three kinds of backbone, any L, D, R; checkpoints; batch independence."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
+from generators.checkpoint import load, save
+from generators.stylegan2 import Generator
 
 BACKBONES = ["mobilenetv3_small_050", "resnet10t", "convnextv2_atto"]
 
@@ -57,12 +61,12 @@ def test_checkpoint_round_trip(tmp_path) -> None:
     encoder = tiny().eval()
     encoder.w_avg.normal_()
     checkpoint.save(tmp_path / "e.safetensors", encoder, provenance={"licence": "test"})
-    again = checkpoint.load(tmp_path / "e.safetensors", "encoder")
+    again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(encoder(images), again(images))
     with pytest.raises(ValueError, match="kind 'encoder'"):
-        checkpoint.load(tmp_path / "e.safetensors", "generator")
+        checkpoint.load(tmp_path / "e.safetensors", Generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -102,6 +106,71 @@ def test_bfloat16_gradients_where_the_deepest_map_is_one_pixel(
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
+def test_a_shared_w_is_the_same_in_all_layers_and_each_adds_its_own(tmp_path) -> None:
+    encoder = tiny(shared=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        encoder.to_offsets.zero_()
+        ws = encoder(images)
+        assert torch.equal(ws, ws[:, :1].expand_as(ws)) and ws.std() > 0
+        encoder.to_offsets[3] += 0.1
+        apart = (encoder(images) - ws).abs().amax(dim=(0, 2))
+    assert apart[3] > 0 and apart.count_nonzero() == 1
+    checkpoint.save(tmp_path / "e.safetensors", encoder)
+    again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
+    with torch.no_grad():
+        assert torch.equal(again(images), encoder(images))
+
+
+def test_an_input_size_is_what_a_larger_encoder_sees(tmp_path) -> None:
+    small, large = tiny(resolution=32, input_size=64).eval(), tiny(resolution=64).eval()
+    large.load_state_dict(small.state_dict())
+    checkpoint.save(tmp_path / "e.safetensors", small)
+    images = torch.randn(2, 3, 32, 32)
+    enlarged = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
+    with torch.no_grad():
+        assert torch.equal(small(images), large(enlarged))
+        again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
+        assert torch.equal(again(images), small(images))
+
+
 def test_bad_sizes_end_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         EncoderConfig(width=30)
+    for side in (32, -1, 8192):
+        with pytest.raises(ValueError, match="input_size must be 0 or from 64 to 4096"):
+            EncoderConfig(resolution=64, input_size=side)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": 0},
+        {"width": 0},
+        {"depth": 0},
+        {"backbone": "nowhere"},
+        {"backbone": "hf-hub:timm/resnet18"},
+    ],
+)
+def test_a_config_that_builds_nothing_is_one_sentence(change):
+    with pytest.raises(ValueError):
+        EncoderConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("depth", 100_000_000, "depth is 100000000, not a fit int"),
+        ("depth", 1_000_000, "depth must be a whole number"),
+        ("backbone", 5, "backbone is 5, not a fit str"),
+        ("heads", 0, "bad config"),
+        ("width", 1_000_000, "width must be a whole number"),
+    ],
+)
+def test_a_checkpoint_is_bounded_by_its_tensors(tmp_path, monkeypatch, field, value, sentence):
+    encoder = Encoder(EncoderConfig(resolution=32, num_ws=6, w_dim=8, width=16, depth=1))
+    asdict = dataclasses.asdict
+    monkeypatch.setattr(dataclasses, "asdict", lambda config: asdict(config) | {field: value})
+    save(tmp_path / "e.safetensors", encoder)
+    with pytest.raises(ValueError, match=sentence):
+        load(tmp_path / "e.safetensors", Encoder)

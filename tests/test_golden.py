@@ -77,6 +77,33 @@ def test_discriminator(golden, discriminator):
     assert_close(logits, golden["out.logits"], scale=float(golden["out.logits"].abs().max()))
 
 
+THEIR_LOGITS = {  # of NVIDIA's code at batches that the group of 4 does and does not divide
+    1: [-0.38464],
+    2: [-0.44518, -0.4646],
+    3: [-0.63431, -0.63002, -1.77836],
+    8: [-0.66225, -0.52413, -1.79504, 0.12988, -0.57149, -0.14523, -1.26419, -0.08116],
+}
+
+
+@pytest.mark.parametrize("batch", THEIR_LOGITS)
+def test_discriminator_at_batches_of_other_sizes(golden, discriminator, batch):
+    images = golden["out.image_const"]
+    images = torch.cat([images, images.flip(-1)])[:batch]
+    with torch.no_grad():
+        assert_close(discriminator(images)[:, 0], torch.tensor(THEIR_LOGITS[batch]))
+
+
+@pytest.mark.parametrize("batch", [5, 6, 7])
+def test_discriminator_where_theirs_fails(golden, discriminator, batch):
+    """Each picture is compared with its own group: here the largest that divides the batch."""
+    images = golden["out.image_const"].repeat(2, 1, 1, 1)[:batch]
+    group = {5: 1, 6: 3, 7: 1}[batch]
+    with torch.no_grad():
+        whole = discriminator(images)
+        own = [discriminator(images[i :: batch // group]) for i in range(batch // group)]
+    assert_close(whole, torch.stack(own, dim=1).flatten(0, 1))
+
+
 @pytest.mark.parametrize("prefix", ["G.", "D."])
 def test_only_the_filters_are_dropped(golden, prefix):
     state = part(golden, prefix)

@@ -3,21 +3,28 @@
 pytest tests/test_images.py
 """
 
+import os
 import re
+import socket
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pictures import encoded, photo
 from PIL import Image
 
 from generators.images import (
+    decode,
     find_images,
     fit,
     grid,
+    labelled,
     open_image,
     open_opacity,
     resize,
@@ -278,6 +285,24 @@ def test_grid_keeps_the_order_and_fills_with_white():
         grid(levels[:0])
 
 
+def test_labels_stand_above_the_picture():
+    picture = Image.new("RGB", (120, 30), "red")
+    result = labelled(picture, ["a", "b", "c"])
+    top = result.height - 30
+    assert top > 0 and result.crop((0, top, 120, result.height)).tobytes() == picture.tobytes()
+    header = result.convert("L").crop((0, 0, 120, top))
+    assert all(header.crop((x, 0, x + 40, top)).getextrema()[0] < 128 for x in (0, 40, 80))
+
+
+def test_long_labels_keep_apart():
+    picture = Image.new("RGB", (4 * 96, 10))
+    result = labelled(picture, ["reconstruction", *(f"anime64 n = {n}" for n in (1, 2, 3))])
+    header = result.convert("L").crop((0, 0, 4 * 96, result.height - 10))
+    for border in (96, 192, 288):
+        assert header.crop((border - 2, 0, border + 2, header.height)).getextrema() == (255, 255)
+    assert header.getextrema()[0] < 128
+
+
 def test_central_square_then_resize():
     wide = Image.new("RGB", (40, 8), RED)
     wide.paste(WHITE, (16, 0, 24, 8))
@@ -305,3 +330,102 @@ def test_opacity_is_upright_and_white_where_there_is_none(tmp_path):
     assert open_opacity(tmp_path / "b.jpg").getextrema() == (255, 255)
     with pytest.raises(ValueError, match="Cannot read"):
         open_opacity(tmp_path / "none.png")
+
+
+# ------------------------------------------------------------------- not to be trusted
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_is_started_for_a_disguised_file(tmp_path, monkeypatch):
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}:/usr/bin:/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow looks for it anew
+    (tmp_path / "a.jpg").write_bytes(EPS)
+    for source in (tmp_path / "a.jpg", EPS):
+        for opened in (open_image, decode):
+            with pytest.raises(ValueError, match="not a picture in a known format"):
+                opened(source)
+    with pytest.raises(ValueError, match="not a picture in a known format"):
+        open_opacity(tmp_path / "a.jpg")
+    assert not (tmp_path / "started").exists()
+    with pytest.raises(OSError), Image.open(tmp_path / "a.jpg") as image:  # the trap works
+        image.load()
+    assert (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("head", [b"", encoded(photo(), "JPEG")], ids=["zeros", "a picture"])
+def test_a_huge_sparse_file_is_refused_at_once(tmp_path, head):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(head)
+    os.truncate(path, 20 << 30)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"x\.jpg: it has more than 1,073,741,824 bytes"):
+        open_image(path)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_an_unknown_large_file_is_told_by_its_header(tmp_path):
+    (tmp_path / "x.jpg").touch()
+    os.truncate(tmp_path / "x.jpg", 1 << 30)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="not a picture in a known format"):
+        open_image(tmp_path / "x.jpg")
+    assert time.perf_counter() - start < 0.5
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.png"))
+    for name in ("pipe", "device", "socket"):
+        for opened in (open_image, open_opacity):
+            with pytest.raises(ValueError, match="a pipe, a socket or a device, not a file"):
+                opened(tmp_path / f"{name}.png")
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="the link leads nowhere"):
+        open_image(tmp_path / "lost.png")
+
+
+def test_names_do_not_steer_the_terminal():
+    with pytest.raises(ValueError, match=r"Cannot read a\\x1b\[2J\\nb\.png: there is no") as caught:
+        open_image("a\x1b[2J\nb.png")
+    assert str(caught.value).isprintable()
+    with pytest.raises(ValueError) as caught:
+        open_image("a/" * 5000 + "b.png")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("kind", ["MPO", "AVIF", "TIFF", "PPM", "GIF", "BMP", "WEBP"])
+def test_the_listed_formats_are_read(tmp_path, kind):
+    options = {"append_images": [photo(2, 32, 32)], "save_all": True} if kind == "MPO" else {}
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(1, 32, 32), kind, **options))
+    assert open_image(tmp_path / "a.jpg").size == (32, 32)
+
+
+WHOLE = [encoded(photo(1, 24, 16), kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "PPM")]
+
+
+@settings(deadline=3000, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(WHOLE),
+    st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=8)), max_size=6),
+    st.integers(0, 3000),
+)
+def test_any_bytes_are_a_picture_or_one_sentence(data, changes, keep):
+    data = bytearray(data)
+    for place, replacement in changes:
+        start = place % len(data)
+        data[start : start + len(replacement)] = replacement
+    data = bytes(data if keep > 1500 else data[:keep])
+    try:
+        assert open_image(data).mode == "RGB"
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith("Cannot read the picture: ") and message.isprintable()
+        assert len(message) < 400

@@ -6,9 +6,11 @@ pytest tests/test_infer.py
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +20,21 @@ from pictures import encoded, photo
 from PIL import Image
 from safetensors.torch import load_file
 
-import infer
+from encoder import infer
 from encoder.align import Aligner
 from encoder.model import Encoder, EncoderConfig
 from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import save
+from generators.disk import write_atomically
 from generators.images import resize
 from generators.stylegan2 import GeneratorConfig
 from generators.superres import SuperResolution, SuperResolutionConfig, upscale
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+# One thread, and the project's own modules; where there is a GPU, it is not looked at:
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def make_encoder(**changes) -> Encoder:
@@ -96,6 +101,10 @@ def files(folder: Path) -> set[str]:
 
 def manifest(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def read(file: Path) -> bytes:
+    return file.read_bytes()
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -296,8 +305,9 @@ def test_an_input_is_never_replaced(models, photos, capsys):
         (["--input", "nowhere"], "no file or folder"),
         (["--encoder", "nowhere"], "no such file"),
         (["--swap-resolution", "7"], "no block of resolution 7"),
-        (["--device", "cuda:7"], "--device cuda:7"),
-        (["--device", "toaster"], "--device toaster"),
+        (["--device", "cuda:7"], "device cuda:7 cannot be used"),
+        (["--device", "toaster"], "device toaster cannot be used"),
+        (["--device", "meta"], "device meta cannot be used"),
         (["--size", "32", "--superres", "nowhere"], "no such file"),
     ],
 )
@@ -310,7 +320,15 @@ def test_what_cannot_be_done_is_said_in_a_sentence(models, photos, out, capsys, 
 
 @pytest.mark.parametrize(
     "options",
-    [["--save", "anime,mesh"], ["--batch-size", "0"], ["--size", "0"], ["--faces", "two"]],
+    [
+        ["--save", "anime,mesh"],
+        ["--batch-size", "0"],
+        ["--size", "0"],
+        ["--size", "1000000"],
+        ["--faces", "two"],
+        ["--refine-steps", "-1"],
+        ["--truncation", "nan"],
+    ],
 )
 def test_wrong_options_are_refused(models, photos, out, capsys, options):
     with pytest.raises(SystemExit) as exit:
@@ -321,35 +339,216 @@ def test_wrong_options_are_refused(models, photos, out, capsys, options):
 def test_output_that_is_a_file(models, photos, out, capsys):
     out.write_text("a file")
     assert run(photos, out, *models) == 2
-    assert "is a file" in capsys.readouterr().err and out.read_text() == "a file"
+    assert "is not a folder" in capsys.readouterr().err and out.read_text() == "a file"
 
 
-def test_a_result_that_cannot_be_written_fails_alone(models, photos, out, capsys):
+def test_a_file_where_a_folder_of_results_goes_is_seen_before_anything_is_written(
+    models, photos, out, capsys
+):
     out.mkdir()
     (out / "sub").write_text("in the way")
+    assert run(photos, out, *models) == 2
+    assert "is not a folder" in capsys.readouterr().err and files(out) == {"sub"}
+
+
+def test_a_result_that_cannot_be_written_fails_alone(models, photos, out, capsys, monkeypatch):
+    def full(path, write):
+        if "sub" in path.parts:
+            raise OSError(28, "No space left on device", str(path))
+        write_atomically(path, write)
+
+    monkeypatch.setattr("encoder.infer.write_atomically", full)
     assert run(photos, out, *models) == 1
     assert [line["status"] for line in manifest(out)] == ["ok"] * 3 + ["failed"] * 4
-    assert "Cannot write" in capsys.readouterr().err
+    assert files(out) == {"a.png", "b.png", "c.png", "manifest.jsonl"}
+    said = capsys.readouterr().err
+    assert said.count("Cannot write the result of") == 4 and said.count("No space left") == 4
+    monkeypatch.undo()
+    assert run(photos, out, *models) == 0  # once there is room
+    assert "3 of 7 pictures are finished already" in capsys.readouterr().err
+    assert [line["status"] for line in manifest(out)] == ["ok"] * 7
 
 
-def test_a_picture_of_nans_is_no_result(models, photos, out, tmp_path, anime, capsys):
+def test_a_generator_of_nans_is_refused_before_anything_is_written(
+    models, photos, out, tmp_path, anime, capsys
+):
     with torch.no_grad():
         anime.synthesis.b16.torgb.bias.fill_(float("nan"))
     save(tmp_path / "nan.safetensors", anime)
-    assert run(photos, out, *models, "--anime-generator", str(tmp_path / "nan.safetensors")) == 1
-    assert "not finite" in capsys.readouterr().err and files(out) == {"manifest.jsonl"}
+    assert run(photos, out, *models, "--anime-generator", str(tmp_path / "nan.safetensors")) == 2
+    assert "not finite" in capsys.readouterr().err and not out.exists()
 
 
-def test_a_full_disk_is_told(models, photos, out, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_a_picture_of_nans_is_no_result(models, photos, out, capsys, monkeypatch):
+    def damaged(self, ws, reconstruction=False):
+        anime, rest = draw(self, ws, reconstruction)
+        anime = anime.clone()
+        anime[1] = float("nan")
+        return anime, rest
 
-    monkeypatch.setattr("encoder.pipeline.write_atomically", full)
+    draw = Translator.synthesise
+    monkeypatch.setattr(Translator, "synthesise", damaged)
     assert run(photos, out, *models) == 1
-    assert "No space left" in capsys.readouterr().err and files(out) == {"manifest.jsonl"}
-    monkeypatch.setattr("infer.write_atomically", full)
+    said = capsys.readouterr().err
+    assert "6 of 7 pictures translated" in said
+    assert "b.png is not finite; try --dtype fp32" in said and not (out / "b.png").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [0, 2])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    models, photos, out, capsys, kilobytes
+):
+    options = [*models, "--size", "64"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, limits[1]))
+    try:
+        code = run(photos, out, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and files(out) == {"manifest.jsonl"}
+    assert "File too large" in capsys.readouterr().err
+    assert read(out / "manifest.jsonl").endswith(b"\n") == (kilobytes > 0)  # whole lines, or none
+    assert run(photos, out, *options) == 0 and len(manifest(out)) == 7
+
+
+# --------------------------------------------------------------------------- interruption
+
+
+def test_an_interrupted_command_goes_on(models, photos, tmp_path, capsys, monkeypatch):
+    """Ctrl-C at each moment in turn: between files of a picture, in the middle of one, after."""
+    options = [*models, "--batch-size", "1", "--save", "anime,latents"]
+    whole = tmp_path / "whole"
+    assert run(photos, whole, *options) == 0
+    for moment in (0, 1, 3, 13):
+        calls = []
+
+        def stop(path, write, calls=calls, moment=moment):
+            calls.append(path)
+            if len(calls) == moment + 1:
+                write_atomically(path, interrupted if moment % 3 else write)
+                raise KeyboardInterrupt
+            write_atomically(path, write)
+
+        out = tmp_path / f"cut{moment}"
+        for module in ("encoder.infer", "generators.latents"):
+            monkeypatch.setattr(f"{module}.write_atomically", stop)
+        assert run(photos, out, *options) == 130
+        said = capsys.readouterr().err
+        assert "Stopped by Ctrl-C" in said and "the same command goes on" in said
+        assert not [name for name in files(out) if ".tmp" in name]
+        monkeypatch.undo()
+        assert run(photos, out, *options) == 0
+        assert files(out) == files(whole)
+        assert all(read(out / n) == read(whole / n) for n in files(out) - {"manifest.jsonl"})
+        assert [line["status"] for line in manifest(out)] == ["ok"] * 7
+
+
+def interrupted(path: Path) -> None:
+    path.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def test_sigterm_ends_with_143_and_the_same_command_goes_on(models, photos, out):
+    for i in range(30):
+        photo(i).save(photos / f"more{i}.png")
+    command = [sys.executable, str(ROOT / "infer.py"), "--input", str(photos), "--output", str(out)]
+    with subprocess.Popen(
+        [*command, *models, "--batch-size", "1"], env=ENV, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (out / "a.png").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert "Stopped by SIGTERM" in said and "Traceback" not in said
+    assert not [name for name in files(out) if name.startswith(".")]
+    assert run(photos, out, *models, "--batch-size", "1") == 0
+    assert len(files(out)) == 37 + 1 and len(manifest(out)) == 37
+
+
+def test_half_a_line_of_a_killed_command_is_no_trouble(models, photos, out):
+    assert run(photos / "a.png", out, *models) == 0
+    with open(out / "manifest.jsonl", "a") as file:
+        file.write('{"input": "half')
+    assert run(photos, out, *models) == 0 and len(manifest(out)) == 7
+
+
+def test_what_is_finished_is_not_done_again(models, photos, out, capsys):
+    assert run(photos, out, *models) == 0
+    times = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    assert run(photos, out, *models) == 0
+    assert "7 of 7 pictures are finished already" in capsys.readouterr().err
+    assert times == {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    (out / "b.png").unlink()
+    assert run(photos, out, *models) == 0 and (out / "b.png").exists()
+    assert times["a.png"] == (out / "a.png").stat().st_mtime_ns
+
+
+def test_results_of_other_options_are_not_taken_for_these(models, photos, out, capsys):
+    assert run(photos, out, *models) == 0
+    before = {name: read(out / name) for name in files(out)}
+    assert run(photos, out, *models, "--truncation", "0.5") == 2
+    assert "made with another truncation" in capsys.readouterr().err
+    assert before == {name: read(out / name) for name in files(out)}
+    assert run(photos, out, *models, "--save", "latents") == 0  # they replace nothing
+    assert set(manifest(out)[0]["outputs"]) == {"a.png", "a_latents.safetensors"}
+    assert run(photos, out, *models, "--truncation", "0.5", "--overwrite") == 0
+    assert read(out / "a.png") != before["a.png"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no json", '{"input": 1}', "[" * 100_000, "\xff"])
+def test_a_foreign_manifest_is_left_alone(models, photos, out, capsys, text):
+    out.mkdir()
+    (out / "manifest.jsonl").write_bytes(text.encode("latin1") + b"\n")
+    before = read(out / "manifest.jsonl")
     assert run(photos, out, *models) == 2
-    assert f"Cannot write to --output {out}: No space" in capsys.readouterr().err.replace("\n", "")
+    assert "was not written by this program" in capsys.readouterr().err
+    assert read(out / "manifest.jsonl") == before and files(out) == {"manifest.jsonl"}
+
+
+def test_two_commands_at_once_share_a_folder(models, photos, out):
+    """Each writes its own pictures and its own lines, and keeps the other's."""
+    command = [sys.executable, str(ROOT / "infer.py"), "--output", str(out), *models]
+    command += ["--batch-size", "1"]
+    for i in range(12):
+        photo(i).save(photos / f"x{i}.png")
+        photo(i).save(photos / f"y{i}.png")
+    running = [
+        subprocess.Popen([*command, "--input", f"{photos}/{letter}*.png"], env=ENV)
+        for letter in "xy"
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert {line["input"] for line in manifest(out)} == {
+        str(photos / f"{letter}{i}.png") for letter in "xy" for i in range(12)
+    }
+    assert all(line["status"] == "ok" for line in manifest(out))
+    assert len(manifest(out)) == 24 and len(files(out)) == 25
+
+
+# ------------------------------------------------------------------------- awkward files
+
+
+def test_nothing_is_passed_over_in_silence(models, photos, out, capsys):
+    (photos / "nowhere.png").symlink_to(photos / "gone.png")
+    (photos / "circle.png").symlink_to(photos / "circle.png")
+    (photos / "sub" / "up").symlink_to(photos)  # followed once
+    os.mkfifo(photos / "pipe.png")
+    assert run(photos, out, *models) == 1
+    said = capsys.readouterr().err
+    assert "7 of 10 pictures translated" in said
+    assert all(f"{name}.png" in said for name in ("nowhere", "circle", "pipe"))
+    assert [line["status"] for line in manifest(out)].count("failed") == 3
+
+
+def test_names_as_long_as_names_can_be(models, tmp_path, out):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for name in ("a" * 251 + ".png", "b" * 246 + ".png", "é" * 125 + ".png", "a" * 251 + ".bmp"):
+        photo().save(folder / name)
+    assert run(folder, out, *models, "--save", "anime,latents,grid") == 0
+    outputs = [name for line in manifest(out) for name in line["outputs"]]
+    assert len(set(outputs)) == 12 and files(out) == {*outputs, "manifest.jsonl"}
+    assert run(folder, out, *models, "--save", "anime,latents,grid") == 0
 
 
 # ------------------------------------------------------------------------- faces, processes
@@ -374,24 +573,35 @@ def test_faces_are_aligned_and_pictures_without_are_reported(models, tmp_path, o
     np.testing.assert_array_equal(pixels(out / "largest" / names[0]), pixels(out / names[0]))
     (out / "two_faces.png").unlink()
     (out / "two_faces_aligned.png").unlink()
-    assert run(folder / "two_faces.jpg", out, *options) == 2  # the second face's file is there
+    before = read(out / "two_faces_face2.png")
+    assert run(folder / "two_faces.jpg", out, *options) == 0  # its own second face may be replaced
+    assert (out / "two_faces.png").exists() and read(out / "two_faces_face2.png") == before
 
 
-def test_two_processes_share_the_work(models, photos, out, tmp_path):
+def test_a_second_face_replaces_no_other_file(models, tmp_path, out, capsys):
+    out.mkdir()
+    (out / "two_faces_face2.png").write_text("mine")
+    options = [*models, "--align", "--faces", "all"]
+    assert run(EXAMPLES / "two_faces.jpg", out, *options) == 1
+    assert "two_faces_face2.png exists" in capsys.readouterr().err
+    assert (out / "two_faces_face2.png").read_text() == "mine"
+    assert files(out) == {"two_faces_face2.png", "manifest.jsonl"}
+
+
+def test_two_processes_share_the_work(models, photos, out):
     (photos / "broken.jpg").write_bytes(b"")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command = [*launch, str(ROOT / "infer.py"), "--input", str(photos), "--output", str(out)]
-    # One thread, no configuration of the user's, and the project's own modules.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    env |= {"ACCELERATE_USE_CPU": "true"}
+    options = [option for option in models if option not in ("--device", "cpu")]
     done = subprocess.run(
-        [*command, *models], env=env, check=False, capture_output=True, text=True, timeout=120
+        [*command, *options], env=ENV, check=False, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1, done.stderr
     assert "by 2 process(es)" in done.stderr
     assert "7 of 8 pictures translated" in done.stderr and "broken.jpg" in done.stderr
     assert len(files(out)) == 7 + 1 and len(manifest(out)) == 8
+    assert done.stderr.count("pictures translated") == 1
     assert [line["status"] for line in manifest(out)].count("ok") == 7
 
 

@@ -5,9 +5,9 @@ pytest tests/test_inversion_benchmark.py
 
 import csv
 import json
-import sys
 from pathlib import Path
 
+import common
 import inversion
 import numpy as np
 import pareto
@@ -16,6 +16,7 @@ import sweep
 import torch
 from conftest import make_generator
 from pictures import photo
+from processes import code_of
 
 from encoder.model import Encoder, EncoderConfig
 from generators.checkpoint import save
@@ -63,12 +64,6 @@ def of_inversion(folder: Path, *more: str) -> list[str]:
     )
 
 
-def main(script, given: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *given])
-        script.main()
-
-
 @pytest.fixture(scope="module")
 def made(folder) -> dict:
     """The report of a run that writes everything."""
@@ -77,7 +72,7 @@ def made(folder) -> dict:
     anime += ("--anime-generator", str(folder / "anime.safetensors"), "--swap-resolution", "8")
     written = ("--output", f"{out}/a.json", "--csv", f"{out}/a.csv")
     written += ("--plot", f"{out}/plot.png", "--picture", f"{out}/faces.png")
-    main(inversion, of_inversion(folder, *anime, *written))
+    assert inversion.main(of_inversion(folder, *anime, *written)) == 0
     assert str(folder) not in (out / "a.json").read_text()
     return json.loads((out / "a.json").read_text())
 
@@ -182,11 +177,11 @@ def test_the_networks_that_judge_are_columns_of_their_own(monkeypatch):
         def forward(self, a, b):
             return torch.full((len(a),), float(self.size))
 
-    monkeypatch.setattr(inversion, "Lpips", Judge)
-    found = inversion.judges({"vgg": Path("v"), "alex": Path("a")}, None, torch.device("cpu"))
+    monkeypatch.setattr(common, "Lpips", Judge)
+    found = common.metrics_of({"vgg": Path("v"), "alex": Path("a")}, None, torch.device("cpu"))
     assert list(found) == ["mse", "psnr", "ms_ssim", "lpips_alex", "lpips_vgg"]
     pictures = torch.zeros(3, 3, 16, 16)
-    values = inversion.scores(found, pictures, pictures + 1, batch_size=2)
+    values = common.scores(found, pictures, pictures + 1, batch_size=2)
     assert values["mse"] == 1 and values["lpips_alex"] == 5 and values["lpips_vgg"] == 4
 
 
@@ -195,9 +190,7 @@ def test_users_errors_of_inversion(folder, capsys):
         (["--steps", "0"], "at least 1"),
         (["--loss.feature", "1"], "needs discriminator"),
     ):
-        with pytest.raises(SystemExit) as exit:
-            main(inversion, of_inversion(folder, *options))
-        assert exit.value.code == 2
+        assert code_of(inversion.main, of_inversion(folder, *options)) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
@@ -208,7 +201,7 @@ def test_the_sweep_has_a_row_for_each_space_and_alpha(folder, capsys):
     options = ("--alphas", "0", "0.01", "1", "--steps", "2")
     written = ("--output", f"{folder}/s.json", "--picture", f"{folder}/s.png")
     dcgan = ("--dcgan", str(folder / "dcgan16.safetensors"))
-    main(sweep, arguments(folder, *options, *written, *dcgan))
+    assert sweep.main(arguments(folder, *options, *written, *dcgan)) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((folder / "s.json").read_text())
     spaces = [*(f"StyleGAN2, {space}" for space in ("z", "w", "w+")), "DCGAN, z"]
@@ -230,7 +223,5 @@ def test_users_errors_of_the_sweep(folder, capsys):
         (["--perceptual", "lpips"], "needs --lpips-alex"),
         (["--dcgan", str(folder / "dcgan32.safetensors")], "give a DCGAN of that resolution"),
     ):
-        with pytest.raises(SystemExit) as exit:
-            main(sweep, arguments(folder, *options))
-        assert exit.value.code == 2
+        assert code_of(sweep.main, arguments(folder, *options)) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())

@@ -4,6 +4,8 @@ options of it.
 pytest tests/test_invert.py
 """
 
+import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encoder import invert
+from encoder.files import Results
 from encoder.invert import main
-from encoder.losses import LossSet
+from encoder.losses import LossNetworks, LossSet
 from encoder.model import Encoder, EncoderConfig
-from generators.checkpoint import load, save
+from generators.checkpoint import save
 from generators.curvature import measure
 from generators.dcgan import DcganConfig, DcganGenerator
 from generators.images import open_image, to_pil, to_tensor
+from generators.stylegan2 import SynthesisNetwork
 
 FAST = ["--steps", "4", "--no-align"]
 
@@ -41,15 +45,14 @@ def models(tmp_path, face, discriminator) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(models, monkeypatch, capsys):
+def run(models, capsys):
     """Options -> exit code and what was printed; with generator, encoder and curvature."""
 
     def call(*options: object, **changes: str) -> tuple[int, str]:
         used = {k: models[k] for k in ("generator", "encoder", "curvature")} | changes
         named = [x for k, v in used.items() if v for x in (f"--{k}", v)]
-        monkeypatch.setattr("sys.argv", ["invert", *named, *map(str, options)])
         try:
-            code = main()
+            code = main([*named, *map(str, options)])
         except SystemExit as stopped:  # tyro's, for values that cannot be
             code = int(str(stopped.code))
         return code, " ".join(capsys.readouterr().err.split())
@@ -76,8 +79,8 @@ def test_a_folder(run, folder, tmp_path, face):
     assert code == 1 and "broken.png" in text  # one picture is damaged, the others are done
     assert "2 of 3 pictures searched" in text
     names = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
-    wanted = {f"{n}{e}" for n in ("b", "Ärzte/日本") for e in invert.ARTEFACTS.values()}
-    assert names == {n for n in wanted if not n.endswith("_film")} | {"search.json"}
+    wanted = {f"{n}{e}" for n in ("b", "Ärzte/日本") for e in invert.ENDINGS.values()}
+    assert names == wanted | {"manifest.jsonl"}
     ws = load_file(out / "b_latents.safetensors")["ws"]
     assert ws.shape == (6, 8)
     made = to_tensor(open_image(out / "b.png"))
@@ -113,8 +116,9 @@ def test_a_search_that_is_interrupted_goes_on(run, folder, tmp_path, monkeypatch
 
     real = invert.write
     monkeypatch.setattr(invert, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("--input", folder, "--output", cut, *FAST, "--batch-size", "1")
+    code, text = run("--input", folder, "--output", cut, *FAST, "--batch-size", "1")
+    assert code == 130 and "Stopped by Ctrl-C" in text
+    assert not list(cut.rglob("*.tmp"))
     monkeypatch.setattr(invert, "write", real)
     assert run("--input", folder, "--output", cut, *FAST, "--batch-size", "1")[0] == 0
     for file in whole.rglob("*.safetensors"):
@@ -174,8 +178,7 @@ def test_reverse_generation(run, target, tmp_path):
 
 def test_noise_update_with_a_realism_prior(run, models, target, tmp_path):
     """Content by l1 and the discriminator's features, and the discriminator's own opinion."""
-    critic = load(models["discriminator"], "discriminator")
-    judge = LossSet({"adversarial": 1.0}, discriminator=critic)
+    adversarial = LossSet({"adversarial": 1.0}, LossNetworks(discriminator=models["discriminator"]))
 
     def realism(weight):
         out = tmp_path / f"out{weight}"
@@ -184,7 +187,7 @@ def test_noise_update_with_a_realism_prior(run, models, target, tmp_path):
         prior = ["--loss.adversarial", weight, "--discriminator", models["discriminator"]]
         assert run("--input", target, "--output", out, *options, *content, *prior)[0] == 0
         image = to_tensor(open_image(out / "target.png"))[None]
-        return judge(image, image)[0].item()
+        return adversarial(image, image)[0].item()
 
     assert realism("10") < realism("0")
 
@@ -242,11 +245,60 @@ def test_scribble(run, target, tmp_path):
         (["--steps", "-1"], "steps"),
         (["--encoder", "none.safetensors"], "no such file"),
         (["--optimiser", "lbfgs", "--noise-maps"], "adam"),
+        (["--device", "meta"], "device meta cannot be used"),
+        (["--mask", "nowhere"], "--mask nowhere"),
+        (["--loss.mse", "0"], "every loss has the weight 0"),
+        (["--loss.l1", "nan"], "give a number >= 0"),
+        (["--learning-rate", "nan"], "learning_rate"),
     ],
 )
 def test_wrong_options_are_one_sentence(run, target, tmp_path, options, sentence):
     code, text = run("--input", target, "--output", tmp_path / "out", *FAST, *options)
     assert code == 2 and sentence in text and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_start_that_is_not_finite_is_refused(run, target, tmp_path, ws):
+    save_file({"ws": ws[0] * math.nan}, tmp_path / "start.safetensors")
+    start = ["--start", tmp_path / "start.safetensors"]
+    code, text = run("--input", target, "--output", tmp_path / "out", *FAST, *start)
+    assert code == 2 and "finite" in text and not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_never_finite_is_no_success(run, target, tmp_path, face, monkeypatch):
+    def damaged(self, *arguments, **options):
+        return draw(self, *arguments, **options) * math.nan
+
+    draw = SynthesisNetwork.forward
+    monkeypatch.setattr(SynthesisNetwork, "forward", damaged)
+    out = tmp_path / "out"
+    code, text = run("--input", target, "--output", out, *FAST, "--start", "mean")
+    assert code == 1 and "never a finite number" in text and "mean loss" not in text
+    assert [file.name for file in out.iterdir()] == ["manifest.jsonl"]
+
+
+@pytest.mark.parametrize("save", ["reconstruction", "curve", "latents", "film"])
+def test_a_full_disk_is_a_sentence_and_leaves_no_file(run, target, tmp_path, monkeypatch, save):
+    options = ["--input", target, "--output", tmp_path / "out", *FAST, "--save", save]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = Results.note
+
+    def full(self, job, status, **details):
+        """Nothing more can be written, once the manifest has the line "begun"."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        written(self, job, status, **details)
+        if status == "begun":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+
+    monkeypatch.setattr(Results, "note", full)
+    try:
+        code, text = run(*options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "Cannot write the result of" in text and "File too large" in text
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["manifest.jsonl"]
+    monkeypatch.undo()
+    assert run(*options)[0] == 0
 
 
 def test_inputs_are_never_replaced(run, target):

@@ -1,8 +1,10 @@
 """Latent spaces: pytest tests/test_latents.py."""
 
+import pytest
 import torch
 
-from encoder import latents
+from generators import latents
+from generators.dcgan import DcganConfig, DcganGenerator
 
 
 def test_broadcast_repeats_w_at_each_layer():
@@ -79,3 +81,34 @@ def test_slerp_of_parallel_and_opposite_vectors_stays_finite():
     t = torch.linspace(0, 1, 7)[:, None]
     assert latents.slerp(a[:1], -a[:1], t).norm(dim=-1).max() <= 1.001 * a[0].norm()
     assert latents.slerp(torch.zeros(1, 8), a[:1], t).isfinite().all()
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_latents_are_read_as_they_were_written(tmp_path, face, ws):
+    latents.write_latents(tmp_path / "new" / "a.safetensors", {"ws": ws})
+    latents.write_latents(tmp_path / "new" / "b.safetensors", {"ws": ws[0], "affine": ws[0, 0]})
+    latents.write_latents(tmp_path / "z.safetensors", {"z": torch.ones(8), "other": torch.ones(1)})
+    folder = tmp_path / "new"
+    assert torch.equal(latents.read_ws(folder, face), torch.cat([ws, ws[:1]]))
+    assert torch.equal(latents.read_latents(folder, face), latents.read_ws(folder, face))
+    assert torch.equal(latents.read_latents(folder / "a.safetensors", face), ws)
+    assert torch.equal(latents.read_latents(tmp_path / "z.safetensors", face), torch.ones(1, 8))
+
+
+def test_latents_of_a_dcgan_are_z(tmp_path, ws):
+    generator = DcganGenerator(DcganConfig(resolution=8, z_dim=4, width=2))
+    latents.write_latents(tmp_path / "ws.safetensors", {"ws": ws})
+    latents.write_latents(tmp_path / "z.safetensors", {"z": torch.ones(2, 4)})
+    assert latents.read_latents(tmp_path / "z.safetensors", generator).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"needs a tensor `z` of shape \(N, 4\), and has none"):
+        latents.read_latents(tmp_path / "ws.safetensors", generator)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_are_refused(tmp_path, face, ws, value):
+    ws[0, 0, 0] = value
+    latents.write_latents(tmp_path / "a.safetensors", {"ws": ws})
+    with pytest.raises(ValueError, match="ws has values that are not finite"):
+        latents.read_latents(tmp_path / "a.safetensors", face)

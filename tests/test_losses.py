@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
 from safetensors.torch import save_file
 
-from encoder import losses, pixels
-from encoder.losses import TERMS, Inputs, LossSet, Lpips
+from encoder import metrics
+from encoder.losses import TERMS, Inputs, LossNetworks, LossSet, LossWeights
+from encoder.metrics import Lpips
+from generators.checkpoint import save
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.features import FeaturePyramid, perceptual_distance, unit_channels
 
@@ -64,14 +66,12 @@ def discriminator() -> Discriminator:
 def build(files, discriminator):
     """One LossSet per choice of terms."""
 
-    def build(*names: str, **more) -> LossSet:
+    paths = {"lpips_weights": files["alex"], "feature_weights": str(files["timm"])}
+    paths["id_weights"] = files["face"]
+
+    def build(*names: str) -> LossSet:
         return LossSet(
-            dict.fromkeys(names, 1.0),
-            lpips_weights=files["alex"],
-            feature_weights=files["timm"],
-            id_weights=files["face"],
-            discriminator=discriminator,
-            **more,
+            dict.fromkeys(names, 1.0), LossNetworks(**paths), discriminator=discriminator
         )
 
     return build
@@ -102,11 +102,11 @@ def test_against_one_target_is_the_same_and_looks_at_it_once(build):
     seen = []
     for net in losses.networks.values():
         net.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    judge = losses.against(target, mask)
+    objective = losses.against(target, mask)
     for image in (pictures(), pictures()):
-        torch.testing.assert_close(judge(image), losses(image, target, mask))
+        torch.testing.assert_close(objective(image), losses(image, target, mask))
     seen.clear()
-    judge(pictures())
+    objective(pictures())
     once = len(seen)
     seen.clear()
     losses(pictures(), target, mask)
@@ -141,6 +141,27 @@ def test_terms_share_one_network(build):
 def test_a_wrong_set_is_one_sentence(weights, sentence):
     with pytest.raises(ValueError, match=sentence):
         LossSet(weights)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0])
+def test_weights_that_are_no_numbers_from_0_are_one_sentence(weight):
+    with pytest.raises(ValueError, match=r"loss 'l1' is .*give a number >= 0"):
+        LossWeights(l1=weight)
+
+
+def test_no_weight_at_all_is_one_sentence():
+    with pytest.raises(ValueError, match="every loss has the weight 0"):
+        LossWeights(mse=0, latent=0)
+
+
+def test_a_discriminator_is_read_from_its_file_or_given(discriminator, tmp_path):
+    save(tmp_path / "d.safetensors", discriminator)
+    networks = LossNetworks(discriminator=str(tmp_path / "d.safetensors"))
+    weights, image, target = {"feature": 1.0, "adversarial": 1.0}, pictures(), pictures()
+    read, given = LossSet(weights, networks), LossSet(weights, discriminator=discriminator)
+    torch.testing.assert_close(read(image, target), given(image, target))
+    assert list(read.networks) == ["discriminator"] and not list(given.networks)
+    assert not any(x.requires_grad for x in read.networks.parameters())
 
 
 def test_a_discriminator_without_features_is_one_sentence():
@@ -186,9 +207,9 @@ def test_ms_ssim_of_constant_pictures_is_its_luminance():
     a, b = (torch.full((1, 3, 64, 64), x, dtype=torch.float64) for x in (0.2, 0.6))
     c1 = (0.01 * 2) ** 2
     luminance = (2 * 0.2 * 0.6 + c1) / (0.2**2 + 0.6**2 + c1)
-    used = pixels.MS_SSIM_WEIGHTS[:3]
+    used = metrics.MS_SSIM_WEIGHTS[:3]
     expected = luminance ** (used[2] / sum(used))
-    assert pixels.ms_ssim(a, b).item() == pytest.approx(expected, abs=1e-9)
+    assert metrics.ms_ssim(a, b).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_ssim_of_one_window_by_the_book():
@@ -202,21 +223,21 @@ def test_ssim_of_one_window_by_the_book():
     c1, c2 = 0.02**2, 0.06**2
     ssim = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     ssim = ssim / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    assert pixels.ms_ssim(a, b).item() == pytest.approx(ssim.clamp(min=1e-4).item(), rel=1e-9)
+    assert metrics.ms_ssim(a, b).item() == pytest.approx(ssim.clamp(min=1e-4).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("side", [1, 7, 16, 31, 64, 176])
 def test_ms_ssim_takes_any_size(side):
     image = pictures(1, side)
-    assert pixels.ms_ssim(image, image).item() == pytest.approx(1, abs=1e-5)
+    assert metrics.ms_ssim(image, image).item() == pytest.approx(1, abs=1e-5)
     noisy = (image + 0.3 * torch.randn_like(image)).clamp(-1, 1)
-    assert 0 < pixels.ms_ssim(image, noisy).item() < 1
+    assert 0 < metrics.ms_ssim(image, noisy).item() < 1
 
 
 def test_edges_of_a_step():
     step = torch.full((1, 3, 8, 8), -1.0)
     step[..., 4:] = 1.0
-    strength = pixels.edges(step)[0, 0]
+    strength = metrics.edges(step)[0, 0]
     torch.testing.assert_close(strength[:, 3:5], torch.ones(8, 2))
     assert strength[:, :3].max() < 1e-3 and strength[:, 5:].max() < 1e-3
     value = LossSet({"edge": 1})(step, torch.zeros_like(step))[0]
@@ -416,7 +437,7 @@ def test_weights_that_do_not_fit_are_one_sentence(files, tmp_path):
     for build in (
         lambda: FeaturePyramid(weights=files["alex"]),
         lambda: Lpips("alex", files["timm"]),
-        lambda: losses.FaceEmbedder(files["alex"]),
+        lambda: metrics.FaceEmbedder(files["alex"]),
     ):
         with pytest.raises(ValueError, match=r"the weights .* (fit|not)") as error:
             build()
@@ -431,14 +452,14 @@ def test_a_closed_network_is_one_sentence(monkeypatch, capfd):
     def closed(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("encoder.losses.lpips.LPIPS", closed)
-    monkeypatch.setattr("encoder.losses.InceptionResnetV1", closed)
-    for build, words in [(Lpips, "LPIPS's backbone alex"), (losses.FaceEmbedder, "FaceNet's")]:
+    monkeypatch.setattr("lpips.LPIPS", closed)
+    monkeypatch.setattr("facenet_pytorch.InceptionResnetV1", closed)
+    for build, words in [(Lpips, "LPIPS's backbone alex"), (metrics.FaceEmbedder, "FaceNet's")]:
         with pytest.raises(ValueError, match=f"{words}.* could not be fetched"):
             build()
     make = timm.create_model
     monkeypatch.setattr(
-        "generators.features.timm.create_model",
+        "timm.create_model",
         lambda name, pretrained=False, **more: (
             closed() if pretrained else make(name, pretrained=False, **more)
         ),

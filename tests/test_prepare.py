@@ -3,16 +3,22 @@
 pytest tests/test_prepare.py
 """
 
+import errno
 import io
 import json
 import os
+import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -23,14 +29,12 @@ from pictures import encoded, photo
 from PIL import Image
 from safetensors.torch import save_file
 
-from encoder import prepare as module
-from encoder.crops import CropConfig, examine
-from encoder.dedup import dhash, find_duplicates
-from encoder.detect import Found, load_upscaler
 from encoder.geometry import UNIT_SQUARE, square_matrix
-from encoder.prepare import PrepareConfig, prepare
-from encoder.report import page, sheet
-from encoder.sources import find_sources
+from encoder.prepare import dataset as module
+from encoder.prepare.crops import CropConfig, Found, dhash, examine, load_upscaler
+from encoder.prepare.dataset import PrepareConfig, find_duplicates, prepare
+from encoder.prepare.report import page, sheet
+from encoder.prepare.sources import find_sources
 from generators.data import open_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +189,8 @@ def test_cascades_are_cut_with_a_margin(monkeypatch, tmp_path):
         setNumThreads=int,
         equalizeHist=lambda grey: grey,
     )
+    for name in ("face.xml", "other.xml"):
+        (tmp_path / name).touch()
     config = CropConfig(size=16, detector="cascade", cascade=tmp_path / "face.xml", min_score=7)
     (found,) = config.load_detector()(scene(0, 2048, 1024))
     assert found.box == (1004, 492, 1044, 532) and found.score == 9  # searched at half the size
@@ -193,21 +199,35 @@ def test_cascades_are_cut_with_a_margin(monkeypatch, tmp_path):
         replace(config, cascade=tmp_path / "other.xml").load_detector()
 
 
-def test_an_upscaler_that_would_run_code_is_refused(monkeypatch, tmp_path):
-    fake(monkeypatch, "spandrel", UnsupportedModelError=KeyError)
-
+def test_upscalers_that_are_none_are_a_sentence(tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
+    torch.save({"weight": torch.ones(99)}, tmp_path / "other.pth")
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="no super-resolution network"):
-        load_upscaler(tmp_path / "evil.pth", "cpu")
+    torch.save([torch.ones(9)], tmp_path / "list.pth")
+    torch.save({1: {"a": "b"}}, tmp_path / "nested.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:-700])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    save_file({"weight": torch.ones(99)}, tmp_path / "other.safetensors")
+    (tmp_path / "folder.pth").mkdir()
+    for path in [*sorted(tmp_path.iterdir()), tmp_path / "none.safetensors"]:
+        with pytest.raises(ValueError, match=re.escape(path.name)):
+            load_upscaler(path, "cpu")
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(ValueError, match=r"\.safetensors or \.pth"):
-        load_upscaler(tmp_path / "x4.pt", "cpu")
-    with pytest.raises(ValueError, match="No such file"):
-        load_upscaler(tmp_path / "none.safetensors", "cpu")
+
+
+def test_cascades_that_are_none_are_a_sentence(tmp_path):
+    (tmp_path / "empty.xml").write_bytes(b"")
+    (tmp_path / "list.xml").write_text("[1, 2]")
+    (tmp_path / "other.xml").write_text("<?xml version='1.0'?><opencv_storage></opencv_storage>")
+    (tmp_path / "bytes.xml").write_bytes(bytes(range(256)))
+    os.mkfifo(tmp_path / "pipe.xml")
+    for path in [*sorted(tmp_path.iterdir()), tmp_path / "none.xml", tmp_path]:
+        with pytest.raises(ValueError, match=re.escape(path.name)):
+            CropConfig(detector="cascade", cascade=path).load_detector()
 
 
 def test_an_upscaler_file_is_read_and_runs(monkeypatch, tmp_path):
@@ -300,6 +320,11 @@ def test_the_largest_copy_stays(tmp_path):
 # ----------------------------------------------------------------------- awkward inputs
 
 
+EPS = (
+    "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # Pillow starts Ghostscript
+)
+
+
 def awkward(root: Path) -> dict[str, str]:
     """Fills a folder; returns the reason of each input that is to be rejected."""
     (root / "sub" / "日本").mkdir(parents=True)
@@ -322,12 +347,22 @@ def awkward(root: Path) -> dict[str, str]:
     (root / "round").symlink_to(root)
     (root / "loop.png").symlink_to(root / "loop.png")
     os.mkfifo(root / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(os.path.relpath(root / "end.png"))  # an absolute path may be too long
+    (root / ("n" * 251 + ".png")).write_bytes(b"")
+    with open(root / "sparse.png", "wb") as file:
+        file.truncate(20 * 2**30)
+    (root / "eps.png").write_text(EPS)
     (root / "void").mkdir()
     return {
         ".git": "it is hidden",
         "cut.jpg": "it is damaged (image file is truncated",
         "dot.png": "the square is too small (1 pixels)",
         "empty.png": "the file is empty",
+        "end.png": "it is a broken link or no ordinary file",
+        "eps.png": "it is not a picture in a known format",
+        "n" * 251 + ".png": "the file is empty",
+        "sparse.png": "it is too large (21,474,836,480 bytes)",
         "huge.bmp": "it has more than 178,000,000 pixels; make it smaller first",
         "loop.png": "it is a broken link or no ordinary file",
         "notes.txt": "its name does not end like a picture's",
@@ -347,9 +382,9 @@ def test_nothing_of_an_awkward_folder_is_lost(tmp_path):
     for name, reason in expected.items():
         assert found[name].startswith(reason), name
     assert rows(tmp_path / "out")["source"][:] == ["\\xff.png", "good.JPG", "sub/日本/ä <b>.png"]
-    assert summary["inputs"] == 15
+    assert summary["inputs"] == 19
     assert summary["inputs_accepted"] + summary["inputs_rejected"] == summary["inputs"]
-    assert sum(summary["reasons"].values()) == summary["rejected"] == 12
+    assert sum(summary["reasons"].values()) == summary["rejected"] == 16
 
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "ä &lt;b&gt;.png" in html and "<b>" not in html
@@ -399,11 +434,21 @@ def test_unusable_data_ends_in_a_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": 4}, {"min_side": 0}, {"workers": 0}, {"duplicates": 17}, {"detector": "cascade"}],
+    [
+        *({"size": 4}, {"size": 10**6}, {"size": -16}, {"min_side": 0}, {"duplicates": 17}),
+        *({"workers": 0}, {"workers": 10**6}, {"detector": "cascade"}, {"device": "bogus"}),
+        *({"device": "meta"}, {"min_score": float("nan")}, {"min_sharpness": float("inf")}),
+    ],
 )
-def test_settings_out_of_range_are_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
-        plain(tmp_path, tmp_path / "out", **wrong)
+def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, capsys, wrong):
+    options = {"data": tmp_path, "output": tmp_path / "out"} | wrong
+    words = (str(x) for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v))
+    try:
+        assert module.main(list(words)) == 2
+    except SystemExit as caught:
+        assert caught.code == 2
+    assert next(iter(wrong)).split("_")[-1] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------- archives, Hugging Face data
@@ -499,10 +544,63 @@ def test_a_damaged_member_of_a_zip_is_one_reject(tmp_path):
 
 
 def test_a_member_beyond_the_limit_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("encoder.sources.MAX_BYTES", 10)
+    monkeypatch.setattr("encoder.prepare.sources.MAX_BYTES", 600)
     for name in ("raw.zip", "raw.tar"):
         write_archive(tmp_path / name)
         assert "too large" in dict(names_and_errors(tmp_path / name))["../../evil.png"]
+
+
+def test_bombs_in_archives_are_not_unpacked(tmp_path):
+    zeros = bytes(50 * 2**20)
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros.png", zeros)
+    with tarfile.open(tmp_path / "raw.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("zeros.png")
+        info.size = len(zeros)
+        archive.addfile(info, io.BytesIO(zeros))
+    for name in ("raw.zip", "raw.tar.gz"):
+        for raw in find_sources(str(tmp_path / name)):
+            assert len(raw.read()) < 100  # enough to be refused
+
+
+def test_headers_that_lie_about_sizes_fill_no_memory(tmp_path):
+    """A size of 2^40 bytes: of a member, of one before any picture, and of a name."""
+    long = tarfile.TarInfo("long.png")
+    long.size = 2**40
+    named = tarfile.TarInfo("name")
+    named.type, named.size = tarfile.XHDTYPE, 2**40
+    whole = tarfile.TarInfo("good.png")
+    whole.size = len(encoded(scene(0), "PNG"))
+    good = whole.tobuf() + encoded(scene(0), "PNG") + bytes(-whole.size % 512)
+    (tmp_path / "member.tar").write_bytes(good + long.tobuf())
+    (tmp_path / "name.tar").write_bytes(good + named.tobuf())
+    (tmp_path / "first.tar").write_bytes(named.tobuf())
+    reason = dict(names_and_errors(tmp_path / "member.tar"))
+    assert reason["good.png"] == "" and "too large" in reason["long.png"]
+    assert names_and_errors(tmp_path / "name.tar")[-1][0] == "(the rest)"
+    with pytest.raises(ValueError, match="not a tar archive, or damaged"):
+        list(find_sources(str(tmp_path / "first.tar")))
+
+
+def test_no_picture_of_an_archive_or_a_table_starts_a_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        archive.writestr("a.jpg", EPS)
+    cell = {"bytes": EPS.encode(), "path": None}
+    features = datasets.Features({"image": datasets.Image()})
+    data = datasets.Dataset.from_dict({"image": [cell]}, features=features)
+    data.to_parquet(tmp_path / "raw.parquet")
+    for name in ("raw.zip", "raw.parquet"):
+        with pytest.raises(ValueError, match="No picture was accepted"):
+            prepare(plain(tmp_path / name, tmp_path / f"of {name}"))
+        (reason,) = reasons(tmp_path / f"of {name}").values()
+        assert reason.startswith("it is not a picture in a known format")
+
+
+def test_names_that_would_steer_a_terminal_are_escaped(tmp_path):
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        archive.writestr("a\x1b[2J\n.png", encoded(scene(0), "PNG"))
+    assert [raw.name for raw in find_sources(str(tmp_path / "raw.zip"))] == ["a\\x1b[2J\\n.png"]
 
 
 def test_hugging_face_data(tmp_path):
@@ -530,13 +628,16 @@ def test_a_stream_of_the_hub(monkeypatch):
     class Stream:
         rows = ({"image": {"bytes": encoded(scene(0)), "path": None}} for _ in range(2))
 
-    monkeypatch.setattr("encoder.sources.open_hub", lambda *_: Stream)
+    monkeypatch.setattr("encoder.prepare.sources.open_hub", lambda *_: Stream)
     stream = list(find_sources("hf:someone/something:test"))
     assert [raw.name for raw in stream] == ["row 0", "row 1"]
     assert stream[1].read() == encoded(scene(0))
 
 
 # ------------------------------------------------------------------- the whole, resumed
+
+
+SMALL = "--size 16 --detector none --min-side 8".split()
 
 
 def pictures(folder: Path, count: int, side: int = 40) -> Path:
@@ -575,8 +676,7 @@ def test_workers_do_not_change_the_result(tmp_path, monkeypatch):
 def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
     raw = pictures(tmp_path / "raw", 200, side=150)
     output, shards = tmp_path / "killed", tmp_path / "killed" / ".shards"
-    options = "--size 16 --detector none --min-side 8".split()
-    command = [sys.executable, "-m", "encoder.prepare", "--data", raw, "--output", output, *options]
+    command = [sys.executable, "-m", "encoder.prepare", "--data", raw, "--output", output, *SMALL]
     process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT)
     while not list(shards.glob("*1.parquet")):
         assert process.poll() is None
@@ -605,6 +705,127 @@ def test_a_killed_preparation_goes_on(tmp_path, monkeypatch):
     assert not made
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, capsys, workers):
+    raw, output = pictures(tmp_path / "raw", 70), tmp_path / "out"
+    command = ["--data", str(raw), "--output", str(output), "--workers", workers, *SMALL]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # bytes, of any file
+    try:
+        assert module.main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("Cannot read or write") and "File too large" in said
+    assert {file.name for file in output.iterdir()} == {".shards", "config.json"}
+    assert not list(output.rglob("*.tmp"))
+    assert module.main(command) == 0
+    prepare(plain(raw, tmp_path / "whole"))
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_data_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
+    raw, output = pictures(tmp_path / "raw", 5), tmp_path / "out"
+    real = module.with_images
+
+    def full(*given):
+        yield from islice(real(*given), 3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for kind in ("parquet", "folder"):
+        output = tmp_path / kind
+        monkeypatch.setattr(module, "with_images", full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(plain(raw, output, format=kind))
+        assert not (output / "data").exists()
+        monkeypatch.setattr(module, "with_images", real)
+        assert prepare(plain(raw, output, format=kind))["accepted"] == 5
+
+
+def test_an_output_that_cannot_be_is_a_sentence(tmp_path, capsys):
+    raw, file = pictures(tmp_path / "raw", 1), tmp_path / "file"
+    file.touch()
+    for output in (file, file / "out", Path("/proc/nowhere")):
+        assert module.main(["--data", str(raw), "--output", str(output), *SMALL]) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert str(output) in said
+
+
+def children(parent: int) -> list[int]:
+    """Its processes, also those that it has left behind."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"PARENT={parent}\0".encode() in file.read_bytes():
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_preparation_leaves_no_process_and_goes_on(
+    tmp_path, monkeypatch, number, code
+):
+    raw, output = pictures(tmp_path / "raw", 200, side=150), tmp_path / "out"
+    monkeypatch.setenv("PARENT", str(os.getpid()))  # that all its processes inherit
+    command = [sys.executable, "-m", "encoder.prepare", "--data", raw, "--output", output, *SMALL]
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not list(output.glob(".shards/*.parquet")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match="Another process is at work in"):
+            prepare(plain(raw, output))
+        assert len(children(os.getpid())) > 2
+        for pid in children(os.getpid()):  # as a terminal's Ctrl-C does
+            if number == signal.SIGINT or pid == process.pid:
+                os.kill(pid, number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in said
+    assert said.rstrip().splitlines()[-1].startswith("Stopped by")
+    deadline = time.monotonic() + 10  # the last one closes behind its parent
+    while children(os.getpid()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not children(os.getpid()) and not (output / "data").exists()
+    prepare(plain(raw, output))
+    prepare(plain(raw, tmp_path / "whole"))
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 10**5, "no JSON"])
+def test_damaged_records_are_a_sentence(tmp_path, text):
+    raw, output = pictures(tmp_path / "raw", 2), tmp_path / "out"
+    prepare(plain(raw, output))
+    for name in ("summary.json", "config.json"):
+        (output / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            prepare(plain(raw, output))
+
+
+def test_a_damaged_shard_is_made_anew(tmp_path, monkeypatch):
+    raw, output = pictures(tmp_path / "raw", 5), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_data", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(plain(raw, output))
+    (shard,) = output.glob(".shards/*")
+    shard.write_bytes(shard.read_bytes()[:-50])
+    assert prepare(plain(raw, output))["accepted"] == 5
+
+
+def test_large_inputs_are_held_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 5000)
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        for i in range(6):
+            archive.writestr(f"{i}.png", encoded(photo(i, 30, 30), "PNG"))  # about 2,800 bytes
+    sizes: list[int] = []
+    prepare(plain(tmp_path / "raw.zip", tmp_path / "out"), sizes.append)
+    assert sizes == [2, 2, 2]
+
+
 def test_changed_data_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD", 3)
     raw = pictures(tmp_path / "raw", 5)
@@ -616,13 +837,8 @@ def test_changed_data_is_noticed(tmp_path, monkeypatch):
         prepare(plain(raw, tmp_path / "out"))
 
 
-def test_the_command_ends_with_two_where_the_user_errs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["prepare", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
-    )
-    with pytest.raises(SystemExit) as caught:
-        module.main()
-    assert caught.value.code == 2
+def test_the_command_ends_with_two_where_the_user_errs(tmp_path, capsys):
+    assert module.main(["--data", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 2
     assert "check the path" in capsys.readouterr().err
 
 

@@ -125,7 +125,7 @@ def test_a_state_gives_the_same_logits(judge):
 
 def test_a_file_stands_alone(judge, tmp_path):
     save(tmp_path / "judge.safetensors", judge)
-    again = load(tmp_path / "judge.safetensors", "projected")
+    again = load(tmp_path / "judge.safetensors", ProjectedDiscriminator)
     images = pictures(2, "sharp")
     assert torch.equal(again(images), judge.eval()(images))
     trained = {name for name, p in again.named_parameters() if p.requires_grad}
@@ -156,3 +156,11 @@ def test_20_steps_tell_blurred_from_sharp():
     for _ in range(20):
         step(judge.train(), optimiser)
     assert held_out() < 0.5
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 0}, {"width": -8}, {"input_size": 1_000_000}, {"levels": ()}]
+)
+def test_a_config_that_builds_nothing_is_one_sentence(change):
+    with pytest.raises(ValueError, match="a projected discriminator needs"):
+        ProjectedConfig(**change)

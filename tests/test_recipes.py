@@ -3,6 +3,9 @@
 pytest tests/test_recipes.py
 """
 
+import math
+import resource
+
 import pytest
 import torch
 from pictures import photo
@@ -47,7 +50,10 @@ def run(models, capsys):
     """Command and options -> exit code and what was printed."""
 
     def call(command: str, *options: object) -> tuple[int, str]:
-        code = recipes.main([command, *models, *map(str, options)])
+        try:
+            code = recipes.main([command, *models, *map(str, options)])
+        except SystemExit as stopped:  # tyro's, for values that cannot be
+            code = int(str(stopped.code))
         return code, " ".join(capsys.readouterr().err.split())
 
     return call
@@ -120,8 +126,9 @@ def test_cross_domain_writes_a_sheet_and_the_final_pictures(run, picture, tmp_pa
     out = tmp_path / "out"
     options = ["--steps", 2, "--candidates", 2, "--size", 20, "--last-blocks", 1, 2]
     code, said = run("cross-domain", "--input", picture, "--output", out, *options)
-    assert code == 0 and "me_sheet.png" in said
-    assert {file.name for file in out.iterdir()} == {"me_sheet.png", "me_n1.png", "me_n2.png"}
+    assert code == 0 and "1 of 1 pictures done" in said
+    names = {"me_sheet.png", "me_n1.png", "me_n2.png", "manifest.jsonl"}
+    assert {file.name for file in out.iterdir()} == names
     sheet = open_image(out / "me_sheet.png")
     assert sheet.width == 3 * 20 and sheet.height > 2 * 20  # and a line of labels
     assert open_image(out / "me_n1.png").size == (16, 16)
@@ -159,7 +166,7 @@ def test_concatenate_writes_a_sheet_with_a_column_per_split(run, picture, tmp_pa
         options += ["--fine", tmp_path / "other.png"]
     assert run("concatenate", "--input", picture, "--output", out, *options)[0] == 0
     names = {file.name for file in out.iterdir()}
-    assert names == {"me_sheet.png", "me_split2.png", "me_split4.png"}
+    assert names == {"me_sheet.png", "me_split2.png", "me_split4.png", "manifest.jsonl"}
     assert open_image(out / "me_sheet.png").width == (6 if other else 5) * 20
 
 
@@ -210,7 +217,7 @@ def test_latents_files_become_a_film_whose_ends_are_their_pictures(run, face, an
     for option, synthesis in ((), face.synthesis), (("--anime",), SwappedSynthesis(face, anime, 8)):
         film = tmp_path / "film.png"
         options = ["--output", film, "--frames", 2, "--swap-resolution", 8, *option]
-        assert run("interpolate", "--input", *files, *options)[0] == 0
+        assert run("interpolate", "--input", *files, *options, "--overwrite")[0] == 0
         sheet = to_tensor(open_image(film))  # two by two, the last place empty
         shown = torch.stack([sheet[:, :16, :16], sheet[:, :16, 16:], sheet[:, 16:, :16]])
         expected = torch.stack([to_tensor(to_pil(image)) for image in synthesis(ws)])
@@ -241,7 +248,7 @@ def test_latents_of_a_dcgan(tmp_path, capsys):
     with torch.no_grad():
         expected = torch.cat(list(generator(z)), dim=-1)
     assert (shown - expected).abs().max() <= 2.1 / 255
-    assert recipes.main([*map(str, command), "--anime"]) == 2
+    assert recipes.main([*map(str, command), "--anime", "--overwrite"]) == 2
     assert "DCGAN" in capsys.readouterr().err
 
 
@@ -270,7 +277,101 @@ def test_what_does_not_fit_is_said(run, picture, ws, tmp_path):
         assert code == 2 and words in said
     code, said = run("interpolate", "--input", picture, picture, "--output", tmp_path / "film.avi")
     assert code == 2 and ".mp4" in said
-    code, said = run(
-        "concatenate", "--input", picture, "--output", picture, "--splits", 2, "--steps", 1
-    )
-    assert code == 2 and "write" in said
+    options = ["--splits", 2, "--steps", 1]
+    code, said = run("concatenate", "--input", picture, "--output", picture, *options)
+    assert code == 2 and "is not a folder" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["interpolate", "--fps", 0], "--fps"),
+        (["interpolate", "--fps", -3], "--fps"),
+        (["interpolate", "--frames", 1], "--frames"),
+        (["interpolate", "--size", 1_000_000], "--size"),
+        (["interpolate", "--device", "meta"], "device meta"),
+        (["cross-domain", "--size", 1_000_000], "--size"),
+        (["cross-domain", "--last-blocks", 1, 9], "3 blocks"),
+        (["cross-domain", "--device", "cuda:9"], "device cuda:9"),
+        (["concatenate", "--splits", 7], "0 to 6"),
+        (["concatenate", "--steps", -1], "steps"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_written(
+    run, picture, tmp_path, options, words
+):
+    output = tmp_path / ("film.gif" if options[0] == "interpolate" else "out")
+    code, said = run(options[0], "--input", picture, "--output", output, *options[1:])
+    assert code == 2 and words in said and not output.exists()
+
+
+def test_latents_that_are_not_finite_become_no_film(run, ws, tmp_path):
+    save_file({"ws": ws * math.nan}, tmp_path / "nan.safetensors")
+    film = tmp_path / "film.gif"
+    code, said = run("interpolate", "--input", tmp_path / "nan.safetensors", "--output", film)
+    assert code == 2 and "finite" in said and not film.exists()
+
+
+# ------------------------------------------------------------------------------- existing files
+
+
+QUICK = ["--steps", 1, "--candidates", 1, "--last-blocks", 1, "--size", 16]
+
+
+def test_a_broken_picture_leaves_no_neighbour_undone(run, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "c"):
+        photo(1).save(folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    code, said = run("cross-domain", "--input", folder, "--output", out, *QUICK)
+    assert code == 1 and "b.png" in said and "2 of 3 pictures done" in said
+    names = {f"{name}_{end}.png" for name in "ac" for end in ("sheet", "n1")}
+    assert {file.name for file in out.iterdir()} == names | {"manifest.jsonl"}
+    code, said = run("cross-domain", "--input", folder, "--output", out, *QUICK)
+    assert code == 1 and "2 of 3 pictures are finished already" in said
+
+
+@pytest.mark.parametrize("command", ["cross-domain", "concatenate"])
+def test_pictures_are_replaced_only_when_told(run, picture, tmp_path, command):
+    out, mine = tmp_path / "out", tmp_path / "out" / "me_sheet.png"
+    out.mkdir()
+    mine.write_text("mine")
+    options = ["--steps", 1, "--last-blocks" if command == "cross-domain" else "--splits", 1]
+    code, said = run(command, "--input", picture, "--output", out, *options)
+    assert code == 2 and "me_sheet.png exists" in said and mine.read_text() == "mine"
+    assert run(command, "--input", picture, "--output", out, *options, "--overwrite")[0] == 0
+    assert mine.read_bytes()[:4] != b"mine"
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film.png"])
+def test_a_film_is_replaced_only_when_told(run, ws, tmp_path, name):
+    save_file({"ws": ws}, tmp_path / "ws.safetensors")
+    film = tmp_path / name
+    film.write_text("mine")
+    options = ["--input", tmp_path / "ws.safetensors", "--output", film, "--frames", 2]
+    code, said = run("interpolate", *options)
+    assert code == 2 and f"{name} exists" in said and film.read_text() == "mine"
+    code, said = run("interpolate", *options, "--overwrite")
+    assert code == 0 and film.read_bytes()[:4] != b"mine"
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film.png"])
+def test_a_film_for_which_there_is_no_room_is_one_sentence(run, ws, tmp_path, name):
+    save_file({"ws": ws}, tmp_path / "ws.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        options = ["--input", tmp_path / "ws.safetensors", "--output", tmp_path / name]
+        code, said = run("interpolate", *options, "--frames", 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "File too large" in said and name in said
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith((".", "film"))]
+
+
+def test_a_film_below_a_file_is_refused_before_anything_is_loaded(run, picture, ws, tmp_path):
+    save_file({"ws": ws}, tmp_path / "ws.safetensors")
+    options = ["--input", tmp_path / "ws.safetensors", "--face-generator", "nowhere"]
+    code, said = run("interpolate", *options, "--output", picture / "film.gif")
+    assert code == 2 and "is not a folder" in said

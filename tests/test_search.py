@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from encoder.descent import ramp
 from encoder.geometry import warp
 from encoder.losses import LossSet
-from encoder.search import Search, noise_regulariser, optimize_latent
+from encoder.optimisers import ramp
+from encoder.search import Search, noise_regulariser, optimise_latent
 from generators import checkpoint
 from generators.curvature import curvature_of, measure
 from generators.dcgan import DcganConfig, DcganGenerator
 from generators.runs import frozen
+from generators.stylegan2 import Generator
 
 LOSSES = LossSet({"mse": 1.0})
 ADAM = Search(steps=12, optimiser="adam")
@@ -33,7 +34,7 @@ def problem(face, ws):
 
 @pytest.fixture(scope="module")
 def face64():
-    return frozen(checkpoint.load(checkpoint.resolve("face64"), "generator"))
+    return frozen(checkpoint.load(checkpoint.resolve("face64"), Generator))
 
 
 def error(generator, ws, target):
@@ -49,7 +50,7 @@ def test_each_picture_comes_nearer_and_nothing_else_changes(problem, search):
     before = {name: tensor.clone() for name, tensor in face.state_dict().items()}
     copies = start.clone(), target.clone()
     search = replace(search, steps=40)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start=start)
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start=start)
     assert (found.loss < 0.5 * error(face, start, target)).all()
     torch.testing.assert_close(error(face, found.ws, target), found.loss)
     torch.testing.assert_close(face.synthesis(found.ws), found.image)
@@ -72,10 +73,10 @@ def test_each_picture_comes_nearer_and_nothing_else_changes(problem, search):
 def test_pictures_of_a_batch_do_not_influence_each_other(problem, search):
     face, target, _ = problem
     for start in ("mean", "random"):
-        together = optimize_latent(face, target, losses=LOSSES, search=search, start=start)
+        together = optimise_latent(face, target, losses=LOSSES, search=search, start=start)
         for i in range(len(target)):
             one = slice(i, i + 1)
-            alone = optimize_latent(face, target[one], losses=LOSSES, search=search, start=start)
+            alone = optimise_latent(face, target[one], losses=LOSSES, search=search, start=start)
             torch.testing.assert_close(together.latent[one], alone.latent, rtol=0, atol=1e-4)
             assert together.step[i] == alone.step[0]
 
@@ -88,7 +89,7 @@ def test_never_worse_than_the_start_nor_than_anything_seen(problem, search):
     def look(step, images, loss):
         seen.append(loss.clone())
 
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start=start, callback=look)
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start=start, callback=look)
     assert len(seen) == 13  # the start, and each step's result
     torch.testing.assert_close(seen[0], error(face, start, target))
     torch.testing.assert_close(found.loss, torch.stack(seen).amin(dim=0))
@@ -101,17 +102,17 @@ def test_a_loss_that_is_not_a_number_never_wins(problem, search):
 
     class NanAfterTheStart(LossSet):
         def against(self, target, mask=None):
-            judge, calls = super().against(target, mask), []
+            objective, calls = super().against(target, mask), []
 
-            def judged(*arguments, **options):
+            def counted(*arguments, **options):
                 calls.append(1)
-                loss, parts = judge(*arguments, **options)
+                loss, parts = objective(*arguments, **options)
                 return loss if len(calls) == 1 else loss * float("nan"), parts
 
-            return judged
+            return counted
 
     losses = NanAfterTheStart({"mse": 1.0})
-    found = optimize_latent(face, target, losses=losses, search=search, start=start)
+    found = optimise_latent(face, target, losses=losses, search=search, start=start)
     assert torch.equal(found.ws, start)
 
 
@@ -120,19 +121,19 @@ def test_a_start_whose_loss_is_not_a_number_loses_to_what_follows(problem):
 
     class NanAtTheStart(LossSet):
         def against(self, target, mask=None):
-            judge, calls = super().against(target, mask), []
+            objective, calls = super().against(target, mask), []
 
-            def judged(*arguments, **options):
+            def counted(*arguments, **options):
                 calls.append(1)
-                loss, parts = judge(*arguments, **options)
+                loss, parts = objective(*arguments, **options)
                 return torch.where(
                     torch.tensor(len(calls) == 1), loss.detach() * torch.nan, loss
                 ), parts
 
-            return judged
+            return counted
 
     search = replace(ADAM, latent_noise=0.1)  # its next point is another one
-    found = optimize_latent(
+    found = optimise_latent(
         face, target, losses=NanAtTheStart({"mse": 1.0}), search=search, start=start
     )
     assert found.loss.isfinite().all() and (found.step > 0).all()
@@ -140,7 +141,7 @@ def test_a_start_whose_loss_is_not_a_number_loses_to_what_follows(problem):
 
 def test_no_steps_return_the_start(problem):
     face, target, start = problem
-    found = optimize_latent(face, target, losses=LOSSES, search=Search(steps=0), start=start)
+    found = optimise_latent(face, target, losses=LOSSES, search=Search(steps=0), start=start)
     assert torch.equal(found.ws, start)
 
 
@@ -148,7 +149,7 @@ def test_works_inside_inference_mode(face, ws):
     with torch.inference_mode():
         target = face.synthesis(ws)
         start = ws + 0.3
-        found = optimize_latent(face, target, losses=LOSSES, search=Search(steps=3), start=start)
+        found = optimise_latent(face, target, losses=LOSSES, search=Search(steps=3), start=start)
         assert (found.loss < error(face, start, target)).all()
 
 
@@ -158,7 +159,7 @@ def test_the_seed_decides(problem):
 
     def run(seed):
         search_ = replace(search, seed=seed)
-        return optimize_latent(face, target, losses=LOSSES, search=search_, start="random").latent
+        return optimise_latent(face, target, losses=LOSSES, search=search_, start="random").latent
 
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
@@ -171,12 +172,12 @@ def test_the_seed_decides(problem):
 def test_spaces(problem, space, shape):
     face, target, _ = problem
     search = Search(steps=15, space=space)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start="random")
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start="random")
     assert found.latent.shape == (3, *shape) and found.ws.shape == (3, 6, 8)
     if space != "w+":
         assert torch.equal(found.ws, found.ws[:, :1].expand_as(found.ws))
     torch.testing.assert_close(face.synthesis(found.ws), found.image)
-    start = optimize_latent(
+    start = optimise_latent(
         face, target, losses=LOSSES, search=replace(search, steps=0), start="random"
     )
     assert (found.loss < start.loss).all()
@@ -187,7 +188,7 @@ def test_a_random_start_is_the_best_of_its_candidates(problem):
 
     def at(candidates):
         search = Search(steps=0, space="z", candidates=candidates)
-        return optimize_latent(face, target, losses=LOSSES, search=search, start="random").loss
+        return optimise_latent(face, target, losses=LOSSES, search=search, start="random").loss
 
     assert (at(20) <= at(1)).all() and (at(20) < at(1)).any()
 
@@ -195,11 +196,11 @@ def test_a_random_start_is_the_best_of_its_candidates(problem):
 def test_starts_are_brought_into_the_space(problem):
     face, target, start = problem
     w = Search(steps=0, space="w")
-    found = optimize_latent(face, target, losses=LOSSES, search=w, start=start)
+    found = optimise_latent(face, target, losses=LOSSES, search=w, start=start)
     torch.testing.assert_close(found.latent, start.mean(dim=1))
-    found = optimize_latent(face, target, losses=LOSSES, search=Search(steps=0), start=start[:, 0])
+    found = optimise_latent(face, target, losses=LOSSES, search=Search(steps=0), start=start[:, 0])
     assert torch.equal(found.latent, start[:, :1].expand_as(start))
-    mean = optimize_latent(face, target, losses=LOSSES, search=w)
+    mean = optimise_latent(face, target, losses=LOSSES, search=w)
     assert torch.equal(mean.latent, face.w_avg.expand(3, -1))
 
 
@@ -212,13 +213,13 @@ def test_a_dcgan_is_searched_in_z():
             module.bias.fill_(0.1)  # at z = 0 a network of zeros has no gradient
     target = generator(torch.randn(2, 6))
     losses = LossSet({"mse": 1.0, "w_norm": 1e-4})
-    found = optimize_latent(generator, target, losses=losses, search=Search(steps=40))
-    start = optimize_latent(generator, target, losses=losses, search=Search(steps=0))
+    found = optimise_latent(generator, target, losses=losses, search=Search(steps=40))
+    start = optimise_latent(generator, target, losses=losses, search=Search(steps=0))
     assert found.ws is None and found.latent.shape == (2, 6)
     assert (found.loss < 0.3 * start.loss).all()
     with pytest.raises(ValueError, match="noise maps"):
         search = replace(ADAM, noise_maps=True)
-        optimize_latent(generator, target, losses=losses, search=search)
+        optimise_latent(generator, target, losses=losses, search=search)
 
 
 # ------------------------------------------------------------------------------ schedules, terms
@@ -233,7 +234,7 @@ def test_adam_is_torchs_with_the_ramp(problem):
         (ws.grad,) = torch.autograd.grad(error(face, ws, target).sum(), ws)
         adam.step()
     search = replace(ADAM, steps=4)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start=start)
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start=start)
     assert (found.step == 4).all()
     torch.testing.assert_close(found.latent, ws.detach())
 
@@ -242,8 +243,8 @@ def test_patience_ends_a_search_early(problem):
     face, target, start = problem
     target = target + torch.randn_like(target)  # what it cannot draw
     search = Search(steps=120, patience=4)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start=start)
-    whole = optimize_latent(
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start=start)
+    whole = optimise_latent(
         face, target, losses=LOSSES, search=replace(search, patience=0), start=start
     )
     assert found.steps < 120 == whole.steps
@@ -258,11 +259,11 @@ def test_masked_pixels_do_not_matter(problem):
     spoilt = torch.where(mask > 0, target, 7 * torch.randn_like(target))
     losses = LossSet({"mse": 1.0, "ms_ssim": 0.1, "edge": 0.1})
     clean, other = (
-        optimize_latent(face, x, losses=losses, search=METHODS[0], start=start, mask=mask)
+        optimise_latent(face, x, losses=losses, search=METHODS[0], start=start, mask=mask)
         for x in (target, spoilt)
     )
     assert torch.equal(clean.latent, other.latent)
-    unmasked = optimize_latent(face, spoilt, losses=losses, search=METHODS[0], start=start)
+    unmasked = optimise_latent(face, spoilt, losses=losses, search=METHODS[0], start=start)
     assert not torch.allclose(unmasked.latent, clean.latent)
 
 
@@ -272,7 +273,7 @@ def test_w_norm_pulls_towards_the_mean(problem):
     def distance(weight):
         losses = LossSet({"mse": 1.0, "w_norm": weight})
         search = Search(steps=30)
-        found = optimize_latent(face, target, losses=losses, search=search, start=start)
+        found = optimise_latent(face, target, losses=losses, search=search, start=start)
         return (found.ws - face.w_avg).norm()
 
     assert distance(1.0) < distance(0.1) < distance(0.0)
@@ -286,7 +287,7 @@ def test_noise_maps_are_searched_and_stay_white(face, ws):
     other = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     face.synthesis.b16.conv1.noise_const.copy_(other)
     search = replace(ADAM, steps=60, noise_maps=True, noise_weight=1e-3)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, start=ws)
+    found = optimise_latent(face, target, losses=LOSSES, search=search, start=ws)
     assert (found.loss < 0.5 * error(face, ws, target)).all()
     assert set(found.noise) == {
         f"b{r}.conv{i}.noise_const" for r, i in [(4, 1), (8, 0), (8, 1), (16, 0), (16, 1)]
@@ -314,7 +315,7 @@ def test_the_noise_regulariser_knows_noise_from_pictures():
 def test_a_generated_picture_is_found(face64):
     z = torch.randn(2, face64.z_dim, generator=torch.Generator().manual_seed(5))
     target = face64.synthesis(face64.map(z, 0.7))
-    found = optimize_latent(
+    found = optimise_latent(
         face64,
         target,
         losses=LOSSES,
@@ -328,9 +329,9 @@ def test_a_generated_picture_is_found(face64):
 def test_curvature_makes_a_search_faster(face):
     target = face.synthesis(face.map(torch.randn(3, 8)))
     search = Search(steps=15)
-    plain = optimize_latent(face, target, losses=LOSSES, search=search)
+    plain = optimise_latent(face, target, losses=LOSSES, search=search)
     curvature = measure(face, probes=300, rank=48)
-    found = optimize_latent(face, target, losses=LOSSES, search=search, curvature=curvature)
+    found = optimise_latent(face, target, losses=LOSSES, search=search, curvature=curvature)
     assert found.loss.mean() < 0.7 * plain.loss.mean()
 
 
@@ -342,7 +343,7 @@ def test_affine_search_finds_a_known_place(face64):
     linear = torch.tensor([[cos, -sin], [sin, cos]])
     moved = torch.cat([linear, (shift + 0.5 - linear @ torch.tensor([0.5, 0.5]))[:, None]], 1)
     target = warp(upright, (64 * moved).expand(2, 2, 3), 64).clamp(-1, 1)
-    found = optimize_latent(
+    found = optimise_latent(
         face64,
         target,
         losses=LOSSES,
@@ -369,7 +370,10 @@ def test_affine_search_finds_a_known_place(face64):
         ({"candidates": 0}, "candidates"),
         ({"latent_noise": 0.1}, "adam"),
         ({"noise_maps": True}, "adam"),
-        ({"affine_weight": -1.0}, "negative"),
+        ({"affine_weight": -1.0}, "from 0"),
+        ({"learning_rate": math.nan}, "from 0"),
+        ({"noise_weight": math.inf}, "from 0"),
+        ({"rampup": 1.5}, "0 to 1"),
     ],
 )
 def test_impossible_searches_are_refused(options, sentence):
@@ -382,7 +386,7 @@ def test_unfit_starts_and_curvatures_are_refused(problem, generator_from_seed, t
 
     def run(space="w+", **options):
         search = Search(steps=1, space=space)
-        optimize_latent(face, target, losses=LOSSES, search=search, **options)
+        optimise_latent(face, target, losses=LOSSES, search=search, **options)
 
     with pytest.raises(ValueError, match="2 starts for 3 targets"):
         run(start=start[:2])

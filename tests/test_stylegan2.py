@@ -14,8 +14,9 @@ from torch import Tensor
 
 from generators import ops
 from generators.discriminator import Discriminator, DiscriminatorConfig
+from generators.latents import mix_styles
 from generators.ops import LRELU_GAIN, blur, downsample2x, modulated_conv, upsample2x
-from generators.stylegan2 import Generator, GeneratorConfig, MappingNetwork, mix_styles
+from generators.stylegan2 import Generator, GeneratorConfig, MappingNetwork
 
 
 def relative_error(image: Tensor, expected: Tensor) -> float:

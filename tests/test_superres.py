@@ -92,7 +92,7 @@ def test_a_config_without_layers_is_refused(config):
 
 def test_a_checkpoint_gives_the_same_network(network, images, tmp_path):
     save(tmp_path / "s.safetensors", network)
-    loaded = load(tmp_path / "s.safetensors", "superres")
+    loaded = load(tmp_path / "s.safetensors", SuperResolution)
     assert loaded.config == network.config
     assert torch.equal(loaded(images), network(images))
 

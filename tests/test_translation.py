@@ -3,33 +3,23 @@
 pytest tests/test_translation.py
 """
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import translation
+from common import about, distance_matrix, retrieval, sketch, sketch_features
+from drawn import Judge, JudgeConfig
 from pictures import photo
-from report import about
+from processes import code_of
 from torch import Tensor
 
+from encoder.metrics import LUMA
 from encoder.model import Encoder, EncoderConfig
 from generators.checkpoint import save
 from generators.features import FeaturePyramid, perceptual_distance
 from generators.images import open_image, resize, to_pil
-
-FILE = Path(__file__).parent.parent / "benchmarks" / "translation.py"
-
-
-@pytest.fixture(scope="module")
-def translation():
-    spec = importlib.util.spec_from_file_location("benchmark_translation", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -43,69 +33,65 @@ def blobs(count: int, seed: int) -> Tensor:
     return resize(torch.rand(count, 3, 4, 4, generator=rng) * 2 - 1, 64).clamp(-1, 1)
 
 
-def score(translation, pyramid, inputs: Tensor, outputs: Tensor) -> dict[str, float]:
-    a, b = (translation.sketch_features(pyramid, x, batch_size=7) for x in (inputs, outputs))
-    return translation.retrieval(translation.distance_matrix(a, b, rows=5))
+def score(pyramid, inputs: Tensor, outputs: Tensor) -> dict[str, float]:
+    a, b = (sketch_features(pyramid, x, batch_size=7) for x in (inputs, outputs))
+    return retrieval(distance_matrix(a, b, rows=5))
 
 
 # ---------------------------------------------------------------------- correspondence
 
 
-def test_identical_pictures_correspond_and_permuted_ones_do_not(translation, pyramid):
+def test_identical_pictures_correspond_and_permuted_ones_do_not(pyramid):
     images = blobs(20, 1)
-    assert score(translation, pyramid, images, images) == {"top1": 1, "top5": 1}
-    assert score(translation, pyramid, images, images.roll(1, 0))["top1"] == 0
+    assert score(pyramid, images, images) == {"top1": 1, "top5": 1}
+    assert score(pyramid, images, images.roll(1, 0))["top1"] == 0
 
 
-def test_unrelated_pictures_are_at_chance(translation, pyramid):
-    found = score(translation, pyramid, blobs(40, 1), blobs(40, 2))
+def test_unrelated_pictures_are_at_chance(pyramid):
+    found = score(pyramid, blobs(40, 1), blobs(40, 2))
     assert found["top1"] <= 4 / 40 and found["top5"] <= 13 / 40  # chance: 1/40 and 5/40
 
 
-def test_one_picture_for_everybody_is_exactly_at_chance(translation, pyramid):
+def test_one_picture_for_everybody_is_exactly_at_chance(pyramid):
     collapsed = blobs(1, 2).repeat(20, 1, 1, 1)
-    found = score(translation, pyramid, blobs(20, 1), collapsed)
+    found = score(pyramid, blobs(20, 1), collapsed)
     assert found == pytest.approx({"top1": 1 / 20, "top5": 5 / 20})
 
 
-def test_palette_and_texture_do_not_decide(translation, pyramid):
+def test_palette_and_texture_do_not_decide(pyramid):
     images = blobs(20, 1)
-    luma = torch.einsum("bchw,c->bhw", images, torch.tensor(translation.LUMA))[:, None]
+    luma = torch.einsum("bchw,c->bhw", images, torch.tensor(LUMA))[:, None]
     tint = torch.tensor([0.25, -0.3, 0.4]).view(1, 3, 1, 1)
     recoloured = 0.4 * luma + tint  # one palette for all, another contrast
     checks = torch.ones(64, 64)
     checks[::2, ::2] = checks[1::2, 1::2] = -1
-    assert score(translation, pyramid, images, recoloured)["top1"] == 1
-    assert score(translation, pyramid, images, recoloured + 0.3 * checks)["top1"] == 1
-    torch.testing.assert_close(
-        translation.sketch(images), translation.sketch(recoloured + 0.3 * checks), atol=1e-4, rtol=0
-    )
+    assert score(pyramid, images, recoloured)["top1"] == 1
+    assert score(pyramid, images, recoloured + 0.3 * checks)["top1"] == 1
+    torch.testing.assert_close(sketch(images), sketch(recoloured + 0.3 * checks), atol=1e-4, rtol=0)
 
 
-def test_sketches_are_normalised_and_flat_pictures_stay_finite(translation):
-    sketches = translation.sketch(blobs(3, 1))
+def test_sketches_are_normalised_and_flat_pictures_stay_finite():
+    sketches = sketch(blobs(3, 1))
     assert sketches.shape == (3, 3, 64, 64)
     torch.testing.assert_close(sketches.std(dim=(2, 3)), torch.full((3, 3), 0.5), rtol=1e-3, atol=0)
-    assert translation.sketch(torch.full((1, 3, 64, 64), 0.3)).abs().max() < 1e-3
+    assert sketch(torch.full((1, 3, 64, 64), 0.3)).abs().max() < 1e-3
 
 
-def test_distances_are_perceptual_distances_of_the_sketches(translation, pyramid):
+def test_distances_are_perceptual_distances_of_the_sketches(pyramid):
     a, b = blobs(3, 1), blobs(4, 2)
-    matrix = translation.distance_matrix(
-        translation.sketch_features(pyramid, a), translation.sketch_features(pyramid, b)
-    )
+    matrix = distance_matrix(sketch_features(pyramid, a), sketch_features(pyramid, b))
     assert matrix.shape == (3, 4)
     for i in range(3):
         for j in range(4):
-            maps = [pyramid(translation.sketch(x)) for x in (a[i : i + 1], b[j : j + 1])]
+            maps = [pyramid(sketch(x)) for x in (a[i : i + 1], b[j : j + 1])]
             torch.testing.assert_close(
                 matrix[i, j], perceptual_distance(*maps)[0], rtol=1e-3, atol=1e-4
             )
 
 
-def test_retrieval_of_a_known_matrix(translation):
+def test_retrieval_of_a_known_matrix():
     distances = torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.1, 0.3, 0.3]])
-    found = translation.retrieval(distances, tops=(1, 2, 3))
+    found = retrieval(distances, tops=(1, 2, 3))
     assert found == pytest.approx({"top1": 1 / 3, "top2": (1 + 1 + 0.5) / 3, "top3": 1})
 
 
@@ -124,7 +110,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
     return photos, made
 
 
-def test_outputs_are_matched_by_name(translation, folders):
+def test_outputs_are_matched_by_name(folders):
     photos, made = folders
     photo(9).save(made / "extra.png")  # more than asked for is no error
     names, inputs = translation.read_inputs(str(photos), 4, 16)
@@ -135,7 +121,7 @@ def test_outputs_are_matched_by_name(translation, folders):
     assert len(translation.read_inputs(str(photos), 100, 16)[0]) == 8
 
 
-def test_names_that_do_not_match_are_listed(translation, folders):
+def test_names_that_do_not_match_are_listed(folders):
     photos, made = folders
     names, _ = translation.read_inputs(str(photos), 8, 16)
     (made / "a" / "3.png").rename(made / "a" / "three.png")
@@ -149,7 +135,7 @@ def test_names_that_do_not_match_are_listed(translation, folders):
         translation.read_outputs(made, names, 16)
 
 
-def test_rows_of_parquet_are_named_by_number(translation, tmp_path):
+def test_rows_of_parquet_are_named_by_number(tmp_path):
     import datasets
 
     rows = datasets.Dataset.from_dict(
@@ -162,7 +148,7 @@ def test_rows_of_parquet_are_named_by_number(translation, tmp_path):
     assert to_pil(inputs[1]).tobytes() == photo(2).tobytes()
 
 
-def test_fine_tunes_have_names_and_swaps_of_their_own(translation, tmp_path, face):
+def test_fine_tunes_have_names_and_swaps_of_their_own(tmp_path, face):
     save(tmp_path / "x.safetensors", face)
     x = str(tmp_path / "x.safetensors")
     config = translation.Config("", "", anime=(x, f"soft={x}@8"), swap_resolutions=(16, 8))
@@ -199,9 +185,8 @@ def arguments(tmp_path, face, anime, folders) -> list[str]:
     ]
 
 
-def test_a_run_writes_figures_and_picture(translation, arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["translation.py", *arguments])
-    translation.main()
+def test_a_run_writes_figures_and_picture(arguments, tmp_path, capsys):
+    assert translation.main(arguments) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     report = json.loads((tmp_path / "out" / "a.json").read_text())
     assert printed == report
@@ -209,26 +194,45 @@ def test_a_run_writes_figures_and_picture(translation, arguments, tmp_path, monk
     methods = ["photo", "made", *swaps, *(f"{name}, +1" for name in swaps)]
     assert list(report["results"]) == methods
     assert report["results"]["photo"]["correspondence"] == {"top1": 1, "top5": 1}
+    assert report["results"]["photo"]["hair"]["lightness"] == pytest.approx(1)
+    assert report["drawings"] == report["results"]["photo"]["drawn"] == {}  # no judges were given
     (figures,) = report["results"]["n = 1"]["anime"].values()
     assert set(figures) == {"fd", "kid", "kid_std", "precision", "recall"}
     assert report["counts"] == {"people": 5, "anime": 8, "resolution": 16}
-    (table,) = report["markdown"].values()
-    assert len(table) == 3 + len(methods) and str(tmp_path) not in json.dumps(report)
+    judges, table = report["markdown"].values()
+    assert len(judges) == len(table) == 3 + len(methods) and str(tmp_path) not in json.dumps(report)
     picture = open_image(tmp_path / "out" / "a.png")
     assert picture.width == len(methods) * 96 and picture.height > 5 * 96
-    translation.main()  # the same figures again
+    assert translation.main([*arguments, "--overwrite"]) == 0  # the same figures again
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["results"] == report["results"]
 
 
-def test_users_errors_are_a_sentence_and_exit_code_2(translation, arguments, monkeypatch, capsys):
+def test_judges_get_a_column_each_and_see_the_drawings_too(arguments, tmp_path, capsys):
+    import cv2
+
+    save(tmp_path / "judge.safetensors", Judge(JudgeConfig(resolution=16, widths=(8, 16))))
+    cascade = f"{cv2.data.haarcascades}haarcascade_frontalface_default.xml"
+    options = ["--judge", f"{tmp_path}/judge.safetensors", "--detector-cascade", cascade]
+    assert translation.main([*arguments, *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shares = {"detected", "like_eyes", "whole_features"}
+    assert set(report["drawings"]) == shares and report["drawings"]["detected"] == 0  # it is noise
+    for row in report["results"].values():
+        assert set(row["drawn"]) == shares
+        assert all(0 <= share <= 1 for share in row["drawn"].values())
+    header, _, drawings, photo_row, *_ = report["markdown"]["judges"]
+    assert "like eyes" in header and "hair: lightness slope" in header
+    assert drawings.startswith("| drawings | – | – | 0.00 |")
+    assert photo_row.endswith("| 1.00 | 1.00 | 1.00 |")
+
+
+def test_users_errors_are_a_sentence_and_exit_code_2(arguments, capsys):
     for options, sentence in (
         (["--data", "nowhere"], "no file or folder"),
         (["--spaces", "vgg"], "unknown feature space"),
         (["--images", "2"], "too few"),
+        (["--judge", "nowhere.safetensors"], "nowhere.safetensors"),
     ):
-        monkeypatch.setattr(sys, "argv", ["translation.py", *arguments, *options])
-        with pytest.raises(SystemExit) as exit:
-            translation.main()
-        assert exit.value.code == 2
+        assert code_of(translation.main, [*arguments, *options]) == 2
         assert sentence in " ".join(capsys.readouterr().err.split())

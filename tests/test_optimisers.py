@@ -1,12 +1,12 @@
-"""Batched descent on functions whose minimum is known.
+"""Optimisers of many functions at once, on those whose minimum is known.
 
-pytest tests/test_descent.py
+pytest tests/test_optimisers.py
 """
 
 import pytest
 import torch
 
-from encoder.descent import Adam, Lbfgs, ramp
+from encoder.optimisers import Adam, Lbfgs, ramp
 
 
 def run(method, function, steps):

@@ -1,15 +1,16 @@
 """Speed and memory of an encoder training step: backbones, resolutions, precisions, processes.
 
-    python benchmarks/training.py --threads 1 --output benchmarks/results/training_cpu.json
-    python benchmarks/training.py --device cuda --resolutions 256 --batch-size 32
-    python benchmarks/training.py --quick                                 # under a minute
+    python benchmarks/training_speed.py --threads 1 --output benchmarks/results/training_cpu.json
+    python benchmarks/training_speed.py --device cuda --resolutions 256 --batch-size 32
+    python benchmarks/training_speed.py --quick                                 # under a minute
 
-A step is `encoder.players.Players.step` with the default losses (MSE and latent): forward, losses,
-backward, gradients averaged over processes, clipping, AdamW, moving average. It also draws its
-batch: three quarters from random pictures in memory, a quarter rendered by the generator. Reading
-and decoding files is not in it. The encoder's weights are random; so are the generator's, except at
-its own resolution. Several processes talk by gloo on the CPU and NCCL on CUDA, as under torchrun,
-and share the threads. Each row is measured in processes of its own. Ends with one JSON line.
+A step is `encoder.train.EncoderTraining.step` with the default losses (MSE and latent): forward,
+losses, backward, gradients averaged over processes, clipping, AdamW, moving average. It also draws
+its batch: three quarters from random pictures in memory, a quarter rendered by the generator.
+Reading and decoding files is not in it. The encoder's weights are random; so are the generator's,
+except at its own resolution. Several processes talk by gloo on the CPU and NCCL on CUDA, as under
+torchrun, and share the threads. Each row is measured in processes of its own. Ends with one JSON
+line.
 
 Shape letters: B batch, N pictures, R resolution.
 """
@@ -17,37 +18,36 @@ Shape letters: B batch, N pictures, R resolution.
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
-from report import (
+from common import (
     MEMORY,
-    about,
-    console,
-    finish,
+    Benchmark,
+    benchmark,
     first_line,
     in_processes,
     peak_memory_mb,
     percentiles,
     resized,
+    show,
     speed_table,
     speeds,
     stopwatch,
 )
-from rich.console import Console
 from rich.progress import track
 
-from encoder.players import EncoderTrainConfig, Players
+from encoder.train import EncoderTrainConfig, EncoderTraining
 from generators.checkpoint import load, resolve, save
+from generators.command import console
 from generators.data import PictureTensor
-from generators.runs import LossMeter
+from generators.state import LossMeter
 from generators.stylegan2 import Generator
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -57,7 +57,7 @@ QUICK |= {"precisions": ("fp32",), "processes": (1,)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Benchmark):
     backbones: tuple[str, ...] = BACKBONES  # timm networks with features_only
     resolutions: tuple[int, ...] = (64, 128, 256)  # R of generator and encoder
     precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
@@ -69,18 +69,13 @@ class Config:
     face_generator: str = "face64"
     channel_base: int | None = None  # of the random generators; None: the face generator's
     channel_max: int | None = None
-    output: Path | None = None  # also write the JSON there
-    quick: bool = False  # one backbone, resolution 64, fp32, one process, 5 repeats
 
     def __post_init__(self) -> None:
-        if min(*self.processes, self.batch_size, self.repeats) < 1 or self.threads < 0:
-            raise ValueError(
-                "processes, batch size and repeats must be at least 1, threads at least 0"
-            )
+        super().__post_init__()
+        if min(self.processes) < 1:
+            raise ValueError("--processes is 1 or more")
         if unknown := [name for name in self.backbones if not timm.is_model(name)]:
             raise ValueError(f"timm knows no {', '.join(unknown)}; see timm.list_models()")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch finds no GPU here; use --device cpu")
         resolve(self.face_generator)
 
 
@@ -111,7 +106,7 @@ def obstacle(config: Config, job: Job) -> str | None:
 def generator_file(config: Config, resolution: int, folder: Path) -> tuple[str, str]:
     """(file, "trained" or "random weights")."""
     path = resolve(config.face_generator)
-    face: Generator = load(path, "generator")
+    face: Generator = load(path, Generator)
     if resolution == face.resolution:
         return str(path), "trained"
     file = folder / f"{resolution}.safetensors"
@@ -133,15 +128,14 @@ def measure(config: Config, job: Job, generator: str) -> dict[str, Any]:
     assert accelerator.num_processes == job.processes
     torch.set_num_threads(threads)  # Accelerate has a choice of its own
     device, rng = accelerator.device, torch.Generator().manual_seed(0)
-    options = {"face_generator": generator, "backbone": job.backbone}
-    players = Players(
-        EncoderTrainConfig("", Path(), batch_size=config.batch_size, **options), accelerator
-    )
+    options: dict[str, Any] = {"face_generator": generator, "backbone": job.backbone}
     shape = (64, 3, job.resolution, job.resolution)
     pictures = PictureTensor(torch.randint(256, shape, generator=rng, dtype=torch.uint8))
+    options |= {"data": "", "output": Path(), "batch_size": config.batch_size}
+    training = EncoderTraining(EncoderTrainConfig(**options), accelerator, pictures)
     meter, number = LossMeter(device), itertools.count()
-    seconds = stopwatch(lambda: players.step(pictures, next(number), meter), config.repeats, device)
-    means, bad = meter.read(job.processes)
+    seconds = stopwatch(lambda: training.step(next(number), meter), config.repeats, device)
+    means, bad = meter.read(job.processes), meter.bad(job.processes)
     peak = peak_memory_mb(device)
     accelerator.end_training()
     if bad is not None:
@@ -172,41 +166,35 @@ def row_of(config: Config, job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]], batch_size: int) -> None:
+def show_rows(rows: list[dict[str, Any]], batch_size: int) -> None:
     table = speed_table("backbone", "R", "generator", "precision", "processes")
     for row in rows:
         weights = row.get("generator", "").removesuffix(" weights")
         asked = (row["backbone"], row["resolution"], weights, row["precision"], row["processes"])
         table.add_row(*map(str, asked), *speeds(row))
-    console.print(table)
+    show(table)
     console.print(f"{batch_size} pictures a step in each process")
     for reason in dict.fromkeys(row["reason"] for row in rows if "reason" in row):
         which = [f"{x['backbone']} {x['precision']}" for x in rows if x.get("reason") == reason]
-        console.print(f"{', '.join(dict.fromkeys(which))}: {reason}", style="red", markup=False)
+        console.print(f"{', '.join(dict.fromkeys(which))}: {reason}")
 
 
-def main() -> None:
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        config = replace(config, **QUICK) if config.quick else config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        report = about("training", sys.argv[1:])
-        [imports] = in_processes(peak_memory_mb)
-        todo = list(jobs(config))
-        with tempfile.TemporaryDirectory() as name:
-            rows = [row_of(config, job, Path(name)) for job in track(todo, "rows", console=console)]
-    except ValueError as error:
-        Console(stderr=True).print(f"[red]{error}[/red]")
-        raise SystemExit(2) from None
-    show(rows, config.batch_size)
+def run(config: Config) -> dict[str, Any]:
+    [imports] = in_processes(peak_memory_mb)
+    todo = list(jobs(config))
+    with tempfile.TemporaryDirectory() as name:
+        rows = [row_of(config, job, Path(name)) for job in track(todo, "rows", console=console)]
+    show_rows(rows, config.batch_size)
     step = "forward to moving average, drawing from memory included; reading files not"
-    memory = f"{MEMORY}; of the largest process"
-    report |= {"device": config.device, "batch_size": config.batch_size, "repeats": config.repeats,
-               "step": step, "memory": memory, "memory_of_imports_mb": imports,
-               "rows": rows}  # fmt: skip
-    finish(report, config.output)
+    report: dict[str, Any] = {"device": config.device, "batch_size": config.batch_size}
+    report |= {"repeats": config.repeats, "step": step}
+    report |= {"memory": f"{MEMORY}; of the largest process", "memory_of_imports_mb": imports}
+    return report | {"rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return benchmark("training_speed", Config, run, QUICK, __doc__, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,11 @@
-"""The limit of styles along the principal axes of w: pytest tests/test_principal.py."""
+"""The limit of styles along the principal axes of w: pytest tests/test_style_limit.py."""
 
 import math
 
 import pytest
 import torch
 
-from generators.principal import StyleLimit
+from generators.latents import StyleLimit
 
 
 def along(limit, ws):
@@ -13,18 +13,30 @@ def along(limit, ws):
     return (ws - limit.mean) @ limit.axes / limit.bound
 
 
-@pytest.mark.parametrize(("resolution", "first"), [(4, 0), (8, 2), (16, 4)])
-def test_what_tuned_blocks_alone_read_is_limited(face, resolution, first):
+@pytest.mark.parametrize(("resolution", "first"), [(4, 0), (8, 1), (16, 3)])
+def test_what_tuned_blocks_read_is_limited(face, resolution, first):
     limit = StyleLimit(face, resolution, deviations=1.5)
     ws = 20 * torch.randn(5, 6, 8)
     limited = limit(ws)
     assert torch.equal(limited[:, :first], ws[:, :first])
     assert along(limit, limited[:, first:]).abs().max() < 1.001
     assert along(limit, ws[:, first:]).abs().amax(dim=-1).min() > 1.5  # it had something to do
-    torch.testing.assert_close(limit(limited), limited)
-    # coordinates within the bound are kept, the others keep their sign
-    before, after = along(limit, ws[:, first:]), along(limit, limited[:, first:])
-    torch.testing.assert_close(after, before.clamp(-1, 1), rtol=1e-3, atol=1e-3)
+    # two thirds of a layer's own w, clipped, and a third of the mean of all layers', clipped
+    scaled = along(limit, ws).clamp(-1, 1)
+    expected = (2 * scaled[:, first:] + scaled.mean(dim=1, keepdim=True)) / 3
+    torch.testing.assert_close(along(limit, limited[:, first:]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_w_for_all_layers_is_clipped_and_no_more(face):
+    limit = StyleLimit(face, 8, deviations=1.0)
+    ws = face.map(torch.randn(50, face.z_dim))  # (B, L, D), the layers alike
+    limited = limit(ws)
+    torch.testing.assert_close(limited[:, 1:], limited[:, 1:2].expand(-1, 5, -1))
+    torch.testing.assert_close(
+        along(limit, limited[:, 1:]), along(limit, ws[:, 1:]).clamp(-1, 1), rtol=1e-3, atol=1e-3
+    )
+    whole = limited[:, 1:2].expand(-1, 6, -1)
+    torch.testing.assert_close(limit(whole), whole)  # once is enough
 
 
 def test_axes_and_deviations_are_those_of_w(face):

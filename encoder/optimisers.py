@@ -1,4 +1,4 @@
-"""Descent of many independent functions at once: row b of x (B, P) belongs to function b alone.
+"""Minimise many independent functions at once: row b of x (B, P) belongs to function b alone.
 
     method = Lbfgs(x)                       # or Adam(x, steps=1000, learning_rate=0.05)
     while looking:
@@ -13,13 +13,14 @@ Shape letters: B batch, P parameters.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Descent(Protocol):
+class Optimiser(Protocol):
     def ask(self) -> Tensor: ...
     def tell(self, loss: Tensor, gradient: Tensor) -> None: ...
 
@@ -49,15 +50,16 @@ class Adam:
     ) -> None:
         self.x = x.detach().clone()
         self.adam = torch.optim.Adam([self.x], betas=(0.9, 0.999))
-        self.rates = [learning_rate * ramp(i, steps, rampup, rampdown) for i in range(steps)]
-        self.done = 0
+        self.steps, self.done = steps, 0
+        self.rate = partial(ramp, steps=steps, rampup=rampup, rampdown=rampdown)
+        self.learning_rate = learning_rate
 
     def ask(self) -> Tensor:
         return self.x.clone()
 
     def tell(self, loss: Tensor, gradient: Tensor) -> None:
-        if self.done < len(self.rates):
-            self.adam.param_groups[0]["lr"] = self.rates[self.done]
+        if self.done < self.steps:
+            self.adam.param_groups[0]["lr"] = self.learning_rate * self.rate(self.done)
             self.x.grad = gradient
             self.adam.step()
             self.done += 1
@@ -91,10 +93,14 @@ class Lbfgs:
             self.gradient = gradient.nan_to_num(0, 0, 0)
             self._turn()
             return
+
+        # A row takes the point if its loss fell enough for the way it went.
         step = self.length * self.direction
         enough = self.loss + self.ENOUGH * dot(step, self.gradient)[:, 0]
         fell = (loss <= enough) & gradient.isfinite().all(dim=1)  # (B,)
         taken = fell[:, None]
+
+        # What the step taught about the curvature; rows that stay learn a pair of zeros.
         change = torch.where(taken, gradient - self.gradient, 0.0)
         step = torch.where(taken, step, 0.0)
         product, norm = dot(step, change), dot(change, change)
@@ -102,6 +108,8 @@ class Lbfgs:
         inverse = torch.where(curved, 1 / product.where(curved, 1.0), 0.0)
         self.scale = torch.where(curved, product / norm.where(curved, 1.0), self.scale)
         self.pairs = [*self.pairs, (step, change, inverse)][-self.history :]
+
+        # A row that stays tries a shorter step in the same direction.
         self.x = self.x + step
         self.loss = torch.where(fell, loss, self.loss)
         self.gradient = torch.where(taken, gradient, self.gradient)

@@ -1,4 +1,4 @@
-"""Held-out metrics: pytest tests/test_evaluate.py."""
+"""Held-out metrics: pytest tests/test_metrics.py."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from encoder.evaluate import evaluate, image_metrics, psnr
+from encoder.metrics import evaluate, image_metrics, psnr
 
 
 @pytest.fixture(autouse=True)

@@ -4,28 +4,37 @@
         picture = open_image(raw.read())                # ValueError: why this one cannot be read
 
 Nothing is extracted to disk, and no name from an archive ever becomes a path. Every file is given,
-also one that is no picture, so that all of them can be accounted for.
+also one that is no picture, so that all of them can be accounted for. Whatever an archive says of
+its sizes, no more than MAX_BYTES of it are in memory at a time.
 """
 
-import json
+import bz2
+import gzip
+import lzma
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
+from PIL import Image
+
+from generators.command import printable
 from generators.data import open_hub, open_parquet, open_saved, payload
-from generators.images import SUFFIXES, find_files
+from generators.disk import find_files
+from generators.images import FORMATS, SUFFIXES
 
 MAX_BYTES = 512 * 1024**2  # of one encoded picture
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, LZMAError, tarfile.TarError,
-          zipfile.BadZipFile)  # fmt: skip  # RuntimeError: unknown compression, password
+PACKED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by a file's first bytes
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, OverflowError, struct.error,
+          zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)  # fmt: skip
+# ValueError: numbers that are none; RuntimeError: unknown compression, password
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,9 @@ def find_sources(spec: str, column: str = "image") -> Iterator[Raw]:
     if path.is_file() and path.name.lower().endswith(TARS):
         return _tar(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds splits; give the folder of one: {path / splits[0]}.")
+        splits = sorted(folder.parent.name for folder in path.glob("*/state.json"))
+        one = f": {path / splits[0]}" if splits else ""
+        raise ValueError(f"{path} holds splits; give the folder of one{one}.")
     if (path / "state.json").is_file():
         rows = open_saved(path, column, None)
         return (Raw(f"row {i}", partial(_row, rows, i)) for i in range(len(rows)))
@@ -81,7 +91,8 @@ def _named(name: str, read: Callable[[], Path | bytes]) -> Raw:
 
 
 def _text(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    known = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(known, limit=1000)
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -91,6 +102,13 @@ def _refuse(reason: str) -> NoReturn:
 def _check_size(count: int) -> None:
     if count > MAX_BYTES:
         raise ValueError(f"it is too large ({count:,} bytes)")
+
+
+def _may_be_picture(head: bytes) -> bool:
+    """By the first 16 bytes, all that Pillow tells formats by."""
+    Image.init()
+    tests: list[Any] = [Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN]
+    return any(test(head) is True for test in tests)
 
 
 def _file(path: Path) -> Path:
@@ -141,16 +159,15 @@ def _zip(path: Path) -> Iterator[Raw]:
 
 
 def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    _check_size(member.file_size)  # and no more than that is unpacked, whatever follows
-    try:
-        return archive.read(member)
-    except DAMAGE as error:
-        raise ValueError(f"its place in the archive is damaged or encrypted ({error})") from error
+    return _unpacked(lambda: archive.open(member), member.file_size)
 
 
 def _tar(path: Path) -> Iterator[Raw]:
+    with open(path, "rb") as file:
+        unpack: Any = PACKED.get(file.read(2), open)
     try:
-        archive = tarfile.open(path)
+        stream: Any = _Bounded(unpack(path, "rb"))
+        archive = tarfile.open(fileobj=stream, mode="r:")
     except DAMAGE as error:
         raise ValueError(f"Cannot read {path}: not a tar archive, or damaged.") from error
     with archive:
@@ -168,6 +185,19 @@ def _tar(path: Path) -> Iterator[Raw]:
             yield Raw("(the rest)", partial(_refuse, "the archive is damaged from here on"))
 
 
+class _Bounded:
+    """A stream that is never asked for more than MAX_BYTES at once: headers may be that long."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.seek, self.tell = stream.seek, stream.tell
+        self._read = stream.read
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= MAX_BYTES:
+            raise tarfile.ReadError("too large")
+        return self._read(count)
+
+
 def _ends_well(archive: tarfile.TarFile) -> bool:
     """Whether zeros mark the end: tarfile takes damage after the first member for the end too."""
     assert archive.fileobj is not None
@@ -178,13 +208,23 @@ def _ends_well(archive: tarfile.TarFile) -> bool:
 def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if not member.isfile():
         raise ValueError("it is a link or no ordinary file")
-    _check_size(member.size)
+    return _unpacked(lambda: archive.extractfile(member), member.size)
+
+
+def _unpacked(member: Callable[[], IO[bytes] | None], size: int) -> bytes:
+    """All of a member that is said to have `size` bytes, and no byte more, whatever follows."""
+    _check_size(size)
     try:
-        file = archive.extractfile(member)
-        assert file is not None
-        return file.read()
+        stream = member()
+        assert stream is not None
+        with stream:
+            head = stream.read(16)
+            if not _may_be_picture(head):  # nor worth unpacking, which a bomb would make long
+                return head
+            return head + stream.read(size - len(head))
     except DAMAGE as error:
-        raise ValueError(f"its place in the archive is damaged or encrypted ({error})") from error
+        reason = printable(str(error) or type(error).__name__)
+        raise ValueError(f"its place in the archive is damaged or encrypted ({reason})") from error
 
 
 # -------------------------------------------------------------------------- Hugging Face
@@ -197,6 +237,9 @@ def _only_parquet(path: Path) -> bool:
 
 def _parquets(path: Path, column: str) -> Iterator[Raw]:
     for file, relative in find_files(path, frozenset({".parquet"}), "parquet file"):
+        if not file.is_file():
+            yield _named(relative.as_posix(), partial(_file, file))
+            continue
         rows = open_parquet([file], column)
         for i in range(len(rows)):
             yield Raw(_text(f"{relative.as_posix()}#{i}"), partial(_row, rows, i))
@@ -204,9 +247,12 @@ def _parquets(path: Path, column: str) -> Iterator[Raw]:
 
 def _row(rows: Sequence[Path | bytes], index: int) -> Path | bytes:
     cell = rows[index]
-    return _file(cell) if isinstance(cell, Path) else cell
+    if isinstance(cell, Path):
+        return _file(cell)
+    _check_size(len(cell))
+    return cell
 
 
 def _stream(spec: str, column: str) -> Iterator[Raw]:
     for i, row in enumerate(open_hub(spec, 1, column, None).rows):
-        yield Raw(f"row {i}", partial(payload, row[column]))
+        yield Raw(f"row {i}", partial(payload, row.get(column)))

@@ -1,0 +1,53 @@
+"""Every command of the project by its name, from any folder:
+
+gan-invert infer --input photos/ --output out/
+python -m encoder                                     # lists them
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from generators.command import console, printable
+
+COMMANDS = {
+    "infer": ("encoder.infer", "photos to anime faces: a picture, a folder, a glob"),
+    "invert": ("encoder.invert", "search the latents of pictures"),
+    "recipes": ("encoder.recipes", "two generators together: cross-domain, concatenate, films"),
+    "train-encoder": ("encoder.train", "train an encoder for a generator"),
+    "one-w": ("encoder.one_w", "give a generator a w that holds all that an encoder finds"),
+    "train-generator": ("generators.train", "train or fine-tune a generator, or super-resolution"),
+    "prepare": ("encoder.prepare.dataset", "raw pictures to a data set of aligned faces"),
+    "convert": ("generators.convert", "NVIDIA's .pkl and rosinality's .pt to .safetensors"),
+    "checkpoint": ("generators.checkpoint", "store a network in half precision, for shipping"),
+    "curvature": ("generators.curvature", "measure a generator's directions, for faster searches"),
+    "blocks": ("generators.blocks", "swap the blocks of two generators; grids of it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command of the first word with the others; the exit code."""
+    word, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if word in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("gan-invert COMMAND …, where COMMAND --help has the options:\n")
+        for name, (_, line) in COMMANDS.items():
+            print(f"  {name:{width}}  {line}")
+        return 0
+    if word == "--version":
+        try:
+            print(version("amortized-gan-inversion"))
+        except PackageNotFoundError:
+            print("not installed")
+        return 0
+    if word not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        console.print(f"There is no command {printable(word)}; choose from {names}.")
+        return 2
+    sys.argv = [f"gan-invert {word}", *rest]  # the name in the command's own --help
+    return import_module(COMMANDS[word][0]).main(rest)  # imported only now
+
+
+if __name__ == "__main__":
+    sys.exit(main())

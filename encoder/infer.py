@@ -1,0 +1,238 @@
+"""Photos to anime faces: a picture, a folder or a glob in, as many results out.
+
+    python infer.py --input photos/ --output out/
+    python infer.py --input me.jpg --output out/ --save anime,grid,latents --refine-steps 50
+    python infer.py --input me.jpg --output out/ --size 256       # enlarged by super-resolution
+    accelerate launch infer.py --input photos/ --output out/      # each process takes its share
+
+Writes OUT/sub/name.png for photos/sub/name.jpg, and OUT/manifest.jsonl with one line per picture.
+Where several pictures share a stem, the whole name is kept: a.jpg.png, a.png.png. The same command
+goes on where it stopped. Exit code 0, 1 where pictures failed (they are listed, the others are
+done), 2 where nothing could be done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from encoder.align import Aligner
+from encoder.files import FilesConfig, Job, Results, check_size, chosen, find_faces
+from encoder.pipeline import Networks, Translator, clock
+from generators import checkpoint
+from generators.command import command, console, parse_device
+from generators.curvature import curvature_of
+from generators.disk import write_atomically
+from generators.images import grid, open_image, resize
+from generators.latents import DEVIATIONS, write_latents
+from generators.runs import progress
+from generators.superres import SuperResolution
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENDINGS = {"anime": ".png", "aligned": "_aligned.png", "reconstruction": "_reconstruction.png",
+           "latents": "_latents.safetensors", "grid": "_grid.png"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferConfig(FilesConfig, Networks):
+    save: str = "anime"  # comma list of anime, aligned, reconstruction, latents, grid
+    size: int | None = None  # side of the written pictures in pixels; None: the generator's own
+    superres: str = "superres64"  # enlarges to a --size above the generator's own; or: bicubic
+    faces: Literal["largest", "all"] = "largest"  # of each picture
+    swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
+    truncation: float = 1.0  # below 1: closer to the average face
+    style_limit: float = DEVIATIONS  # lower: cleaner drawings, higher (or inf): more of the photo
+    refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
+    curvature: str | None = None  # of the face generator, for refining; face64 has curvature64
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of encoder and synthesis
+    batch_size: int = 8  # faces per pass
+
+    def __post_init__(self) -> None:
+        chosen(self.save, ENDINGS)
+        check_size(self.size)
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.refine_steps < 0 or not math.isfinite(self.truncation):
+            raise ValueError("--refine-steps must be 0 or more, and --truncation a number")
+
+
+def run(config: InferConfig) -> int:
+    """Translates this process's share of the pictures; the main process reports on all."""
+    # 1. What is to be done, and whether it can be.
+    device = parse_device(config.device)
+    state = PartialState(cpu=device.type == "cpu")
+    results = Results(config, ENDINGS, config.save, r"(_face\d+)?")
+    if not results.todo:
+        return 0
+    if device.type == state.device.type and device.index is None:
+        device = state.device  # each process has its own
+    translator = load(config, device)
+    state.wait_for_everyone()  # all know what is to be done before the first one writes
+
+    # 2. Do it.
+    start = time.perf_counter()
+    share = results.todo[state.process_index :: state.num_processes]
+    shown = state.is_main_process and console.is_terminal
+    with results, progress(len(share), 0, shown, "pictures") as advance:
+        translate(share, results, translator, config, advance)
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+
+    # 3. Report.
+    code = 0
+    if state.is_main_process:
+        took = f" in {seconds:.1f} s by {state.num_processes} process(es)"
+        code = results.report("translated", took)
+    state.wait_for_everyone()
+    return code
+
+
+def load(config: InferConfig, device: torch.device) -> Translator:
+    return Translator.load(
+        config.face_generator,
+        config.anime_generator,
+        config.encoder,
+        swap_resolution=config.swap_resolution,
+        device=device,
+        dtype=DTYPES[config.dtype],
+        aligner=Aligner(device) if config.align else None,
+        truncation=config.truncation,
+        style_limit=config.style_limit,
+        refine_steps=config.refine_steps,
+        curvature=curvature_of(config.face_generator, config.curvature),
+        superres=load_superres(config),
+    )
+
+
+def load_superres(config: InferConfig) -> SuperResolution | None:
+    """None where no --size is given, or where it is to be reached by bicubic."""
+    if config.size is None or config.superres == "bicubic":
+        return None
+    bundled = checkpoint.BUNDLED.get(config.superres)
+    if bundled is not None and not bundled.is_file():
+        raise ValueError(
+            f"The weights {config.superres} are not here ({bundled}); enlarge with --superres "
+            "bicubic, or train a network with python -m generators.train --architecture superres "
+            "and give its file with --superres."
+        )
+    return checkpoint.load(checkpoint.resolve(config.superres), SuperResolution)
+
+
+# ------------------------------------------------------------------------ pictures to results
+
+
+@dataclass
+class Seen:
+    """One picture on its way: what the manifest will say of it."""
+
+    job: Job
+    number: int  # of the picture, from 1
+    todo: int = 0  # faces not yet written
+    faces: list[dict[str, Any]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)  # ms
+
+    def took(self, part: str, seconds: float) -> None:
+        self.timings[part] = self.timings.get(part, 0.0) + 1e3 * seconds
+
+
+def crops(
+    jobs: list[Job], results: Results, translator: Translator, config: InferConfig
+) -> Iterator[tuple[Seen, int, Image.Image]]:
+    """(picture, number of the face from 1, crop), read one picture at a time."""
+    for count, job in enumerate(jobs, 1):
+        seen, cut = Seen(job, count), []
+        with results.attempt(job):
+            start = time.perf_counter()
+            picture = open_image(job.path)
+            seen.took("read", time.perf_counter() - start)
+            start = time.perf_counter()
+            if translator.aligner is None:
+                cut = [translator.crop(picture)]
+            else:
+                faces = find_faces(translator.aligner, picture, job.path)
+                faces = faces[:1] if config.faces == "largest" else faces
+                cut = [translator.crop(picture, face) for face in faces]
+                seen.faces = [
+                    {"box": face.box.round(1).tolist(), "score": round(face.score, 4)}
+                    for face in faces
+                ]
+            seen.took("align", time.perf_counter() - start)
+            numbers = range(1, len(cut) + 1)
+            results.begin(job, [file for n in numbers for file in job.files(n).values()])
+            seen.todo = len(cut)  # stays 0 where something failed
+        for number, crop in enumerate(cut[: seen.todo], 1):
+            yield seen, number, crop
+
+
+def translate(
+    jobs: list[Job], results: Results, translator: Translator, config: InferConfig, advance: Any
+) -> None:
+    """Writes results batch by batch; only one batch of crops is held at a time."""
+    faces = crops(jobs, results, translator, config)
+    wanted = bool(chosen(config.save, ENDINGS).keys() & {"reconstruction", "grid"})
+    while batch := list(itertools.islice(faces, config.batch_size)):
+        start = time.perf_counter()
+        images = translator.prepare([crop for _, _, crop in batch])
+        ws = translator.encode(images)
+        encoded = clock(translator.device)
+        anime, reconstruction = translator.synthesise(ws, wanted)
+        synthesised = clock(translator.device)
+        made = {"aligned": images.cpu(), "latents": ws.cpu(), "anime": anime.cpu()}
+        if reconstruction is not None:
+            made["reconstruction"] = reconstruction.cpu()
+
+        for i, (seen, number, _) in enumerate(batch):
+            advance(seen.number)
+            seen.took("encode", (encoded - start) / len(batch))
+            seen.took("synthesise", (synthesised - encoded) / len(batch))
+            begun = time.perf_counter()
+            with results.attempt(seen.job):
+                write(seen.job, number, {k: v[i] for k, v in made.items()}, translator, config.size)
+                seen.took("write", time.perf_counter() - begun)
+                seen.todo -= 1
+                if seen.todo == 0:  # never, once a face has failed
+                    timings = {name: round(ms, 3) for name, ms in seen.timings.items()}
+                    results.done(seen.job, faces=seen.faces, timings_ms=timings)
+
+
+def write(
+    job: Job, number: int, made: dict[str, Tensor], translator: Translator, size: int | None
+) -> None:
+    """One face: pictures (3, R, R) in [-1, 1], here brought to the wanted size, and "latents"
+    (L, D); each file whole or not."""
+    if not all(part.isfinite().all() for part in made.values()):
+        raise ValueError(f"The result of {job.path} is not finite; try --dtype fp32.")
+    side = size or translator.resolution
+
+    @cache
+    def picture(part: str) -> Tensor:
+        if part == "aligned":  # the photo as the encoder saw it: nothing is added
+            return resize(made[part], side)
+        return translator.enlarge(made[part][None], side)[0]
+
+    for name, file in job.files(number).items():
+        if name == "latents":
+            write_latents(file, {"ws": made[name]})
+        else:
+            shown = ("aligned", "reconstruction", "anime") if name == "grid" else (name,)
+            strip = torch.stack([picture(part) for part in shown])
+            write_atomically(file, partial(grid(strip, len(shown)).save, format="PNG"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(InferConfig, run, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""Generators against discriminators: StyleGAN2 and DCGAN; what is shown of them, and their scores.
+
+    training = StyleGan2Training(config, accelerator)
+    training.step(0, meter)                        # draws, and lowers the losses
+    generators.loop.run(training)
+
+Shape letters: B batch, L layers of w+, Z z dimension, D w dimension, N logits of a picture, or
+pictures, R resolution.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from generators import checkpoint
+from generators.adversarial import (
+    R1_INTERVAL,
+    discriminator_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    path_length,
+    path_length_penalty,
+    r1_penalty,
+)
+from generators.augment import AdaController, ada_augment, diff_augment
+from generators.command import console
+from generators.data import first_pictures, open_dataset
+from generators.dcgan import with_noise
+from generators.disk import write_atomically
+from generators.distances import (
+    draw,
+    feature_space,
+    frechet_distance,
+    kernel_distance,
+    pooled_features,
+    truncation_curve,
+)
+from generators.features import perceptual_distance
+from generators.images import grid
+from generators.latents import StyleLimit, mix_styles, read_ws
+from generators.networks import (
+    AdversarialOptions,
+    DcganOptions,
+    RunningMean,
+    StyleGan2Options,
+    adam,
+    kl_to_prior,
+    perceptual_network,
+)
+from generators.projected import ProjectedDiscriminator
+from generators.runs import step_generator
+from generators.state import LossMeter
+from generators.steps import Draw, GeneratorTraining
+
+PATH_INTERVAL = 4  # steps between path-length penalties (Karras et al. 2020, appendix B)
+CALIBRATION = 256  # real pictures that set a projected discriminator's scales
+W_AVG_DECAY = 0.995  # per step, of the running mean of w
+ADA_INTERVAL = 4  # steps between the controller's decisions (Karras et al. 2020 ADA, section 3.1)
+SHEET = 36  # samples
+FEWEST = 4  # pictures on each side: precision and recall look at three neighbours of each
+
+
+class AdversarialTraining(GeneratorTraining):
+    """A generator against a discriminator of any kind."""
+
+    config: AdversarialOptions
+    label_smoothing: float = 0.0  # of the discriminator's loss
+
+    def __init__(self, config: AdversarialOptions, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        self.discriminator = self.state.modules["discriminator"]
+        self.projected = isinstance(self.discriminator, ProjectedDiscriminator)
+        self.learning = [p for p in self.discriminator.parameters() if p.requires_grad]
+        self.scores = None
+        if accelerator.is_main_process and config.eval_data is not None:
+            held_out = open_dataset(config.eval_data, self.generator.resolution)
+            self.scores = Scores(
+                first_pictures(held_out, config.eval_samples),
+                config.eval_samples,
+                config.eval_space,
+                accelerator.device,
+            )
+
+    def counters(self) -> dict[str, nn.Module]:
+        config = self.config
+        if config.augment != "ada":
+            return {}
+        controller = AdaController(config.ada_target, config.ada_images)
+        return {"ada": controller.to(self.accelerator.device)}
+
+    def optimisers(self, networks: dict[str, Any]) -> dict[str, torch.optim.Adam]:
+        config = self.config
+        rates = {"generator": config.generator_lr, "discriminator": config.discriminator_lr}
+        return {role: adam(networks[role], lr, config.betas) for role, lr in rates.items() if lr}
+
+    def step(self, step: int, meter: LossMeter) -> None:
+        """The generator's step, then the discriminator's if it plays already."""
+        draw, seen = self.draw(step), step * self.pictures
+        weight = self.config.adversarial_weight_at(seen)
+        for group in self.state.optimisers["generator"].param_groups:
+            group["lr"] = self.config.generator_lr_at(seen)
+        logs, view = self.generator_step(draw, step, weight)
+        if weight:
+            logs |= self.discriminator_step(draw, view, step)
+        meter.add(step, logs)
+        self.move_average(step)
+
+    def generator_step(
+        self, draw: Draw, step: int, weight: float
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Lowers the adversarial loss of this `weight`. Returns the losses, and what the
+        discriminator saw of the fakes."""
+        self.train_discriminator(False)
+        with self.accelerator.autocast():
+            view = self.view(draw, self.generator(draw.z(self.generator)))
+            loss = self.generator_loss(view)
+        self.accelerator.backward(weight * loss)
+        self.state.update("generator")
+        return {"g": loss}, [part.detach() for part in view]
+
+    def generator_loss(self, view: list[Tensor]) -> Tensor:
+        losses = hinge_generator_loss if self.projected else generator_loss
+        return losses(self.logits(view)).mean()
+
+    def discriminator_step(self, draw: Draw, fake: list[Tensor], step: int) -> dict[str, Tensor]:
+        """Real against the fakes it has just seen: the hinge loss for a projected one, the logistic
+        for others. Returns the losses."""
+        logs = {}
+        self.train_discriminator(True)
+        with self.accelerator.autocast():
+            real_logits = self.logits(self.view(draw, draw.real))
+            fake_logits = self.logits(fake)
+            if self.projected:
+                losses = hinge_discriminator_loss(real_logits, fake_logits)
+            else:
+                losses = discriminator_loss(real_logits, fake_logits, self.label_smoothing)
+            logs["d"] = losses.mean()
+            logs["d_real"], logs["d_fake"] = real_logits.mean(), fake_logits.mean()
+        self.accelerator.backward(logs["d"])
+        logs |= self.penalty(draw, step)
+        self.state.update("discriminator")
+        if "ada" in self.state.modules:
+            controller = self.state.modules["ada"]
+            controller.observe(real_logits, draw.world)
+            if (step + 1) % ADA_INTERVAL == 0:
+                controller.update()
+            logs["ada_p"] = controller.p
+        return logs
+
+    def penalty(self, draw: Draw, step: int) -> dict[str, Tensor]:
+        """Adds the gradients of a penalty on the discriminator."""
+        return {}
+
+    def train_discriminator(self, on: bool) -> None:
+        """Gradients for the discriminator's weights, but the frozen ones, or for none."""
+        for parameter in self.learning:
+            parameter.requires_grad_(on)
+
+    def view(self, draw: Draw, images: Tensor) -> list[Tensor]:
+        """What the discriminator's trained part gets: pictures, augmented, or their maps."""
+        seen = self.augmented(draw, images)
+        return self.discriminator.features(seen) if self.projected else [seen]
+
+    def logits(self, view: list[Tensor]) -> Tensor:
+        """(B, N) of what `view` returned."""
+        return self.discriminator.judge(view) if self.projected else self.discriminator(view[0])
+
+    def augmented(self, draw: Draw, images: Tensor) -> Tensor:
+        """Each call with a draw of its own."""
+        if self.config.augment == "diffaugment":
+            return diff_augment(images, draw.own_rng())
+        if self.config.augment == "ada":
+            return ada_augment(images, self.state.modules["ada"].p, draw.own_rng())
+        return images
+
+    def evaluate(self) -> dict[str, float]:
+        return {} if self.scores is None else self.scores(self.average)
+
+    @torch.no_grad()
+    def sheet(self) -> Image.Image:
+        """36 samples at truncation 0.8, under 6 photos beside their reconstructions where there is
+        a variational encoder. Photos and draws are always the same."""
+        device, rows, average = self.accelerator.device, [], self.average
+        if (variational := self.state.modules.get("variational")) is not None:
+            photos = first_pictures(self.datasets[0], 6).to(device)
+            again = average(variational.eval()(photos)[0])
+            variational.train()
+            rows.append(torch.stack([photos, again], dim=1).flatten(0, 1))
+        z = torch.randn(
+            SHEET, average.z_dim, generator=step_generator(self.config.seed, 0, "samples")
+        )
+        rows.append(average(z.to(device), truncation=0.8))
+        return grid(torch.cat(rows), columns=12)
+
+    def at_the_end(self) -> None:
+        """OUTPUT/scores.json: the last and the best weights, by truncation."""
+        if self.scores is None:
+            return
+        report: dict[str, Any] = {
+            "space": self.scores.space.name,
+            "real": len(self.scores.real),
+            "samples": self.config.eval_samples,
+        }
+        for name in ("generator", "best"):
+            file = self.config.output / f"{name}.safetensors"
+            network = checkpoint.load(file, type(self.average))
+            report[name] = self.scores.at_the_end(network.to(self.accelerator.device))
+        path = self.config.output / "scores.json"
+        write_atomically(path, lambda p: p.write_text(json.dumps(report, indent=1) + "\n"))
+        console.print(f"written: {path}")
+
+
+class DcganTraining(AdversarialTraining):
+    """Noise on what its discriminator sees, and soft targets for real pictures."""
+
+    config: DcganOptions
+
+    def __init__(self, config: DcganOptions, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        self.label_smoothing = config.label_smoothing
+
+    def augmented(self, draw: Draw, images: Tensor) -> Tensor:
+        images = super().augmented(draw, images)
+        noise = self.config.input_noise
+        return with_noise(images, noise, draw.own_rng()) if noise else images
+
+
+class StyleGan2Training(AdversarialTraining):
+    """With reconstructions through a variational encoder, path length, style mixing, R1."""
+
+    config: StyleGan2Options
+
+    def __init__(self, config: StyleGan2Options, accelerator: Accelerator) -> None:
+        super().__init__(config, accelerator)
+        self.variational: Any = self.state.modules.get("variational")
+        weight = config.perceptual_weight * config.reconstruction_weight
+        self.perceptual = perceptual_network(config, weight, 4, accelerator.device)
+        self.latents: Tensor | None = None  # (N, L, D) at which half of the fakes are drawn
+        if config.latents is not None:
+            ws, below = read_ws(config.latents, self.generator), config.freeze_generator_below
+            ws = ws.to(accelerator.device)  # limited as the translation of photos will limit them
+            self.latents = StyleLimit(self.generator, below)(ws) if below else ws
+
+    def prepare(self, networks: dict[str, Any]) -> None:
+        discriminator = networks["discriminator"]
+        if isinstance(discriminator, ProjectedDiscriminator) and not self.config.init_discriminator:
+            real = first_pictures(self.datasets[0], CALIBRATION)
+            discriminator.calibrate(real.to(self.accelerator.device))
+
+    def counters(self) -> dict[str, nn.Module]:
+        path = {"path": RunningMean().to(self.accelerator.device)}
+        return super().counters() | (path if self.config.path_length_weight else {})
+
+    def optimisers(self, networks: dict[str, Any]) -> dict[str, torch.optim.Adam]:
+        found = super().optimisers(networks)
+        if "variational" in networks:
+            found["variational"] = adam(networks["variational"], 5e-4, (0.9, 0.99))
+        return found
+
+    def generator_step(
+        self, draw: Draw, step: int, weight: float
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Lowers the reconstruction through the variational encoder, and the adversarial loss of
+        this `weight`, on reconstructions and samples. The fakes seen are none for a weight of 0."""
+        config, real = self.config, draw.real
+        reconstructs = config.reconstructs_at(step * self.pictures)
+        logs: dict[str, Tensor] = {}
+        view: list[Tensor] = []
+        z = draw.z(self.generator)
+        self.train_discriminator(False)
+        with self.accelerator.autocast():
+            loss = torch.zeros((), device=real.device)
+            if reconstructs:
+                if weight:  # one pass for half a batch of reconstructions and half of samples
+                    half = max(len(real) // 2, 1)
+                    real, z = real[:half], z[half:]
+                mean, log_variance = self.variational(real)
+                code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+                code = torch.cat([code, z]) if weight else code
+                fake = self.synthesise(code, draw, unmixed=len(real))
+                logs |= self.reconstruction_terms(real, fake[: len(real)], mean, log_variance)
+                loss = loss + config.reconstruction_weight * logs["reconstruction"]
+            elif weight:
+                fake = self.synthesise(z, draw)
+            if weight:
+                view = self.view(draw, fake)
+                logs["g"] = self.generator_loss(view)
+                loss = loss + weight * logs["g"]
+        self.accelerator.backward(loss)
+        if config.path_length_weight and step % PATH_INTERVAL == 0 and weight:
+            logs |= self.path_length_step(draw)
+        self.state.update("generator")
+        if reconstructs:
+            self.state.update("variational")
+        return logs, [part.detach() for part in view]
+
+    def reconstruction_terms(
+        self, real: Tensor, made: Tensor, mean: Tensor, log_variance: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of the variational autoencoder's loss and, as "reconstruction", their sum."""
+        config, l1 = self.config, (real - made).abs().mean()
+        terms = {"l1": l1, "kl": kl_to_prior(mean, log_variance).mean()}
+        total = config.l1_weight * terms["l1"] + config.kl_weight * terms["kl"]
+        if self.perceptual is not None:
+            with torch.no_grad():
+                wanted = self.perceptual(real)
+            terms["perceptual"] = perceptual_distance(self.perceptual(made), wanted).mean()
+            total = total + config.perceptual_weight * terms["perceptual"]
+        return terms | {"reconstruction": total}
+
+    def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> Tensor:
+        """z (B, Z) -> images (B, 3, R, R) with random noise maps; moves the mean of w. All but the
+        first `unmixed` get style mixing, the second half of them given latents in place of z."""
+        generator = self.generator
+        w = generator.mapping(z)  # (B, D)
+        if not self.config.freeze_generator_below:
+            mean = w.detach().float().mean(0)
+            if draw.world > 1:
+                torch.distributed.all_reduce(mean)
+                mean /= draw.world
+            generator.w_avg.lerp_(mean, 1 - W_AVG_DECAY)
+        ws = w[:, None].expand(-1, generator.num_ws, -1)  # (B, L, D)
+        if self.config.style_mixing:
+            mixed = mix_styles(ws, ws.roll(1, 0), self.config.style_mixing, draw.own_rng())
+            ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
+        if self.latents is not None:
+            count = (len(ws) - unmixed) // 2
+            chosen = torch.randint(len(self.latents), (count,), generator=draw.own_rng())
+            given = self.latents[chosen.to(ws.device)].to(ws.dtype)
+            ws = torch.cat([ws[: len(ws) - count], given])
+        return generator.synthesis(ws, "random")
+
+    def path_length_step(self, draw: Draw) -> dict[str, Tensor]:
+        """Adds the gradients of the path-length penalty on half a batch (Karras et al. 2020,
+        section 3.2; lazily, appendix B)."""
+        generator, running = self.generator, self.state.modules["path"]
+        z = draw.z(generator)[: max(len(draw.real) // 2, 1)]
+        with self.accelerator.autocast():
+            ws = generator.mapping(z)[:, None].expand(-1, generator.num_ws, -1)
+            images = generator.synthesis(ws, "random")
+            lengths = path_length(images, ws, torch.randn_like(images))
+        mean = lengths.detach().mean()
+        if draw.world > 1:
+            mean = self.accelerator.reduce(mean, "mean")
+        running.update(mean)
+        penalty = path_length_penalty(lengths, running.mean).mean()
+        self.accelerator.backward(self.config.path_length_weight * PATH_INTERVAL * penalty)
+        return {"path": mean}
+
+    def penalty(self, draw: Draw, step: int) -> dict[str, Tensor]:
+        """Lazy R1, of a residual discriminator."""
+        if self.projected or step % R1_INTERVAL:
+            return {}
+        picture = self.augmented(draw, draw.real).requires_grad_(True)
+        penalty = r1_penalty(self.discriminator(picture), picture).mean()
+        self.accelerator.backward(penalty * self.config.r1_gamma * R1_INTERVAL)
+        return {"r1": penalty}
+
+
+class Scores:
+    """FD and KID of a generator to held-out pictures, whose features are computed once."""
+
+    def __init__(self, held_out: Tensor, samples: int, space: str, device: torch.device) -> None:
+        """held_out: (N, 3, R, R); ValueError where they, or the samples, are too few."""
+        if min(len(held_out), samples) < FEWEST:
+            raise ValueError(
+                f"{len(held_out)} held-out pictures and {samples} samples are too few for scores; "
+                f"give --eval-data with {FEWEST} pictures or more, or leave it out."
+            )
+        self.samples, self.device = samples, device
+        self.space = feature_space(space).to(device)
+        self.real = pooled_features(self.space, held_out, device=device)
+
+    def __call__(self, generator: Any) -> dict[str, float]:
+        """Of always the same latents."""
+        images = draw(generator, self.samples, seed=1)
+        fake = pooled_features(self.space, images, device=self.device)
+        kid, spread = kernel_distance(self.real, fake, subsets=20)
+        return {"fd": frechet_distance(self.real, fake), "kid": kid, "kid_std": spread}
+
+    def at_the_end(self, generator: Any) -> list[dict[str, float]]:
+        """FD, KID, precision and recall by truncation."""
+        return truncation_curve(generator, self.space, self.real, samples=self.samples, seed=1)

