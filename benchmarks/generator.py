@@ -4,10 +4,11 @@
     python benchmarks/generator.py --quick                             # under two minutes
     python benchmarks/generator.py --resolutions 256 --reference ../stylegan2-ada-pytorch
 
-`--reference` is a local checkout of github.com/NVlabs/stylegan2-ada-pytorch, whose licence is its
-own. Both networks get the same random weights and the same ws, and run in turn, so that whatever
-else the machine does hits both. Wall time is what a user waits; CPU time (all threads of this
-process) is steadier on a shared machine. The last line printed is one JSON object.
+ONNX Runtime draws too, where it is installed. `--reference` is a local checkout of
+github.com/NVlabs/stylegan2-ada-pytorch, whose licence is its own. All networks get the same random
+weights and the same ws, and run in turn, so that whatever else the machine does hits all of them.
+Wall time is what a user waits; CPU time (all threads of this process) is steadier on a shared
+machine. The last line printed is one JSON object.
 
 Shape letters: B batch, L layers of w+, D w dimension, R resolution.
 """
@@ -26,6 +27,8 @@ import torch
 from common import Benchmark, benchmark, peak_memory_mb, percentiles, show
 from torch import Tensor, nn
 
+from encoder.engines import installed, runner
+from generators.graphs import Graph, block
 from generators.stylegan2 import GeneratorConfig, SynthesisNetwork
 
 Sample = tuple[float, float]  # wall and CPU seconds of one run
@@ -40,6 +43,7 @@ class Config(Benchmark):
     w_dim: int = 512
     runs: int = 15  # timed runs of each network and setting, after one warm-up
     threads: int = 0  # of torch; 0 leaves torch's own choice
+    onnx: bool = True  # ONNX Runtime beside torch, where it is installed
     reference: Path | None = None  # checkout of NVlabs/stylegan2-ada-pytorch to compare with
 
     def __post_init__(self) -> None:
@@ -87,6 +91,18 @@ def reference_synthesis(config: Config, resolution: int, ours: SynthesisNetwork)
     return network
 
 
+def onnx_synthesis(ours: SynthesisNetwork, ws: Tensor, threads: int) -> Callable[[], Tensor]:
+    """The same network in ONNX Runtime, drawing these ws."""
+    graph = Graph()
+    x = image = ""
+    name = graph.input("ws", ("B", *ws.shape[1:]))
+    for r in ours.resolutions:
+        x, image = block(graph, ours, r, x, image, name)
+    graph.output("image", image, ("B", 3, r, r))
+    run = runner(graph.model("synthesis").SerializeToString(), "onnxruntime", threads)
+    return lambda: run(ws)[0]
+
+
 def timed(run: Callable[[], Tensor]) -> Sample:
     wall, cpu = time.perf_counter(), time.process_time()
     run()
@@ -114,6 +130,8 @@ def measure(config: Config, resolution: int, batch_size: int) -> dict[str, objec
     ours = our_synthesis(config, resolution)
     ws = torch.randn(batch_size, 2 * len(ours.resolutions), config.w_dim)  # (B, L, D)
     networks: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(ws, noise_mode="const")}
+    if config.onnx and installed("onnxruntime"):
+        networks["onnxruntime"] = onnx_synthesis(ours, ws, torch.get_num_threads())
     if config.reference:
         theirs = reference_synthesis(config, resolution, ours)
         networks["reference"] = lambda: theirs(ws, noise_mode="const")
@@ -132,6 +150,9 @@ def measure(config: Config, resolution: int, batch_size: int) -> dict[str, objec
     if config.reference:
         for key in ("wall_ms_p50", "cpu_ms_p50", "wall_ms_min", "cpu_ms_min"):
             row[f"ratio_{key}"] = round(stats["reference"][key] / stats["ours"][key], 2)
+            if "onnxruntime" in stats:
+                ratio = stats["reference"][key] / stats["onnxruntime"][key]
+                row[f"ratio_onnxruntime_{key}"] = round(ratio, 2)
         row["max_abs_difference"] = float((images["ours"] - images["reference"]).abs().max())
         row["max_abs_value"] = float(images["reference"].abs().max())
     return row
@@ -141,13 +162,14 @@ def table_of(rows: list[dict]) -> list[dict]:
     """What is shown of the rows: a line for each network."""
     lines = []
     for row in rows:
-        for name in ("ours", "reference"):
+        for name in ("ours", "onnxruntime", "reference"):
             if name in row:
                 line = {"network": name, "R": row["resolution"], "B": row["batch_size"]}
                 for key in ("wall_ms_p50", "wall_ms_p95", "cpu_ms_p50", "images_per_second"):
                     line[key.replace("_", " ")] = f"{row[name][key]:.1f}"
-                compared = name == "ours" and "reference" in row
-                ratios = f"{row.get('ratio_wall_ms_p50')} / {row.get('ratio_cpu_ms_p50')}"
+                compared = name != "reference" and "reference" in row
+                of = "ratio_onnxruntime_" if name == "onnxruntime" else "ratio_"
+                ratios = f"{row.get(of + 'wall_ms_p50')} / {row.get(of + 'cpu_ms_p50')}"
                 lines.append(line | {"ratio wall / CPU": ratios if compared else ""})
     return lines
 

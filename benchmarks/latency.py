@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py --threads 1 --output benchmarks/results/latency_cpu.json
     python benchmarks/latency.py --device cuda --dtype fp16 --resolutions 64 256
+    python benchmarks/latency.py --backends torch onnxruntime openvino --variants --busy 2
     python benchmarks/latency.py --quick                                  # under a minute
 
 Stages: *align* (MTCNN and the FFHQ crop, one picture a call), *encode*, *face* and *anime* (one
@@ -14,14 +15,21 @@ make their activations channels_last themselves. *compiled* is channels_last und
 one graph; it needs a C++ compiler. Its second call must equal eager's (TOLERANCE); where it does
 not, or nothing compiles, the row says so and has no times.
 
+Backends (`encoder.engines`) of a stage run in turn in one process, so that whatever else the
+machine does hits all of them; CPU time is given too, of all threads. `--busy 2` starts two
+processes that do nothing but take processor time, as the other programs of a laptop do.
+
 At the resolution of the face generator its trained networks are used, at others random ones of the
 same family: speed does not depend on the weights. Each row is measured in a process of its own.
 Ends with one JSON line. Shape letters: B batch, L layers of w+, D dimension of w, R resolution.
 """
 
 import itertools
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,17 +53,20 @@ from PIL import Image
 from rich.progress import track
 
 from encoder.align import Aligner
+from encoder.engines import Backend, choose
 from encoder.model import Encoder
 from encoder.pipeline import Translator
 from generators.checkpoint import load, resolve
 from generators.command import console
 from generators.images import find_images, open_image
 from generators.stylegan2 import Generator
+from generators.threads import use_threads
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-2}  # of compiled against eager; values to ±1
 STAGES = ("encode", "face", "anime", "both", "end to end")  # after align
+OF_BACKENDS = ("align", "encode", "anime", "both", "end to end")
 Variant = Literal["contiguous", "channels_last", "compiled"]
 QUICK: dict[str, Any] = {"resolutions": (64,), "batch_sizes": (1,), "repeats": 5}
 QUICK["variants"] = ("contiguous", "channels_last")
@@ -66,9 +77,12 @@ class Config(Benchmark):
     resolutions: tuple[int, ...] = (64, 128, 256, 512, 1024)  # R, from 16 up
     batch_sizes: tuple[int, ...] = (1, 8)
     variants: tuple[Variant, ...] = ("contiguous", "channels_last", "compiled")
+    backends: tuple[Backend, ...] = ()  # rows by backend, in fp32 on a CPU
+    stages: tuple[str, ...] = OF_BACKENDS  # of the backends
+    busy: int = 0  # processes beside, that take processor time
     device: str = "cpu"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # alignment stays fp32
-    threads: int = 0  # of torch; 0 leaves torch's own choice
+    threads: int = 0  # of the CPU; 0: what fits the work, as in infer.py
     repeats: int = 20  # timed calls of each row, after two of warm-up
     pictures: Path = EXAMPLES  # photos of faces; those without one are left out
     face_generator: str = "face64"  # with the next two: the trained networks
@@ -85,6 +99,10 @@ class Config(Benchmark):
             raise ValueError("resolutions must be 16 or more: anime begins at the block of 16")
         for name in (self.face_generator, self.anime_generator, self.encoder):
             resolve(name)
+        for backend in self.backends:
+            choose(backend, torch.device(self.device), DTYPES[self.dtype])
+        if unknown := set(self.stages) - set(OF_BACKENDS):
+            raise ValueError(f"there is no stage {unknown}; choose from {', '.join(OF_BACKENDS)}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,8 @@ class Job:
 
 
 def jobs(config: Config) -> Iterator[Job]:
-    yield Job("align", config.resolutions[0], 1, "eager")
+    if config.variants:
+        yield Job("align", config.resolutions[0], 1, "eager")
     for r, b in itertools.product(config.resolutions, config.batch_sizes):
         for stage, variant in itertools.product(STAGES, config.variants):
             yield Job(stage, r, b, variant)
@@ -190,8 +209,7 @@ def compile_and_compare(
 def measure(config: Config, job: Job) -> dict[str, Any]:
     """The figures of one row, in this process."""
     device = torch.device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads, job.batch_size * job.resolution**2)
     figures: dict[str, Any] = {}
     work: Callable[[int], Sequence[Any]]
     if job.stage in ("align", "end to end"):
@@ -230,6 +248,72 @@ def measure(config: Config, job: Job) -> dict[str, Any]:
     return figures | {"peak_memory_mb": peak_memory_mb(device)}
 
 
+# ------------------------------------------------------------------------ the backends
+
+
+def measure_backends(config: Config, stage: str, resolution: int, batch: int) -> list[dict]:
+    """A row for each backend, their calls in turn, in this process."""
+    threads = use_threads(config.threads, batch * resolution**2)
+    face, anime, encoder, weights = load_networks(config, resolution)
+    works: dict[str, Callable[[int], Any]] = {}
+    for backend in config.backends:
+        aligner = Aligner("cpu", backend=backend, threads=threads)
+        looks = stage in ("encode", "end to end")  # the others need no export of the encoder
+        translator = Translator(
+            face, anime, encoder, backend=backend, threads=threads, export=looks
+        )
+        works[backend] = backend_work(config, translator, aligner, stage, batch)
+    samples: dict[str, list[tuple[float, float]]] = {backend: [] for backend in works}
+    for i in range(-1, config.repeats):
+        for backend, work in works.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            work(max(i, 0))
+            if i >= 0:  # the first is the warm-up
+                taken = time.perf_counter() - wall, time.process_time() - cpu
+                samples[backend].append(taken)
+    rows = []
+    for backend, taken in samples.items():
+        asked = {"stage": stage, "resolution": resolution, "batch_size": batch, "variant": backend}
+        figures: dict[str, Any] = percentiles([wall for wall, _ in taken])
+        figures["cpu_ms"] = percentiles([cpu for _, cpu in taken])["p50_ms"]
+        figures["images_per_second"] = round(1000 * batch / figures["p50_ms"], 2)
+        rows.append(asked | {"weights": weights, "threads": threads, "busy": config.busy} | figures)
+    return rows
+
+
+def backend_work(
+    config: Config, translator: Translator, aligner: Aligner, stage: str, batch: int
+) -> Callable[[int], Any]:
+    """The i-th call of a stage."""
+    job = Job(stage, translator.resolution, batch, "channels_last")
+    if stage not in ("align", "end to end"):
+        return network_work(translator, job)
+    pictures = pictures_with_faces(config.pictures, aligner)
+    align = picture_work(pictures, aligner, translator.crop_size, batch)
+    if stage == "align":
+        return align
+    return lambda i: translator.synthesise(translator.encode(translator.prepare(align(i))))
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that only take processor time, while the block runs."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def rows_of_backends(config: Config, stage: str, resolution: int, batch: int) -> list[dict]:
+    with busy(config.busy):
+        [rows] = in_processes(measure_backends, config, stage, resolution, batch)
+    return rows
+
+
 # --------------------------------------------------------------------------- report
 
 
@@ -244,13 +328,14 @@ def row_of(config: Config, job: Job) -> dict[str, Any]:
 
 def show_rows(rows: list[dict[str, Any]]) -> None:
     """A table, and under it the reasons of rows without figures."""
-    table = speed_table("stage", "R", "B", "variant", "weights")
+    table = speed_table("stage", "R", "B", "variant", "CPU ms", "weights")
     if compared := any("difference" in row for row in rows):
         table.add_column("off eager", justify="right")
     for row in rows:
         asked = [str(row[key]) for key in ("stage", "resolution", "batch_size", "variant")]
         off = [f"{row['difference']:.0e}" if "difference" in row else ""] * compared
         weights = row.get("weights", "").removesuffix(" weights")
+        asked.append(f"{row['cpu_ms']:.1f}" if "cpu_ms" in row else "")
         table.add_row(
             *asked, weights, *speeds(row), *off, end_section=row["variant"] == rows[-1]["variant"]
         )
@@ -265,6 +350,10 @@ def run(config: Config) -> dict[str, Any]:
     [imports] = in_processes(peak_memory_mb)
     todo = list(jobs(config))
     rows = [row_of(config, job) for job in track(todo, "rows", console=console)]
+    if config.backends:
+        kinds = itertools.product(config.stages, config.resolutions, config.batch_sizes)
+        for kind in track(list(kinds), "backends", console=console):
+            rows += rows_of_backends(config, *kind)
     show_rows(rows)
     memory = f"{MEMORY}; compiled rows hold the compiler too"
     report: dict[str, Any] = {"device": config.device, "dtype": config.dtype}

@@ -13,6 +13,7 @@ from generators.command import console, printable
 
 COMMANDS = {
     "infer": ("encoder.infer", "photos to anime faces: a picture, a folder, a glob"),
+    "live": ("encoder.live", "a page for the camera: your face as a drawing, in real time"),
     "invert": ("encoder.invert", "search the latents of pictures"),
     "recipes": ("encoder.recipes", "two generators together: cross-domain, concatenate, films"),
     "train-encoder": ("encoder.train", "train an encoder for a generator"),
@@ -20,6 +21,8 @@ COMMANDS = {
     "train-generator": ("generators.train", "train or fine-tune a generator, or super-resolution"),
     "prepare": ("encoder.prepare.dataset", "raw pictures to a data set of aligned faces"),
     "convert": ("generators.convert", "NVIDIA's .pkl and rosinality's .pt to .safetensors"),
+    "web": ("encoder.web", "the same page without a server: a folder for any static host"),
+    "export": ("encoder.export", "the networks as ONNX files, for other runtimes"),
     "checkpoint": ("generators.checkpoint", "store a network in half precision, for shipping"),
     "curvature": ("generators.curvature", "measure a generator's directions, for faster searches"),
     "blocks": ("generators.blocks", "swap the blocks of two generators; grids of it"),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from encoder.engines import Backend, use_in
 from encoder.geometry import Array, ffhq_square, square_matrix, warp
 
 SMALLEST_FACE = 20  # pixels; MTCNN was trained on faces from 12 up, and errs much below 20
@@ -53,6 +54,8 @@ class Aligner:
         min_face: float = 1 / 12,
         min_score: float = 0.9,
         longest_side: int = 1024,
+        backend: Backend = "torch",
+        threads: int = 1,
     ) -> None:
         """
         Args:
@@ -60,6 +63,7 @@ class Aligner:
                 where none is found, down to 20 pixels of the copy.
             min_score: detections below this probability are dropped, 0 to 1.
             longest_side: longest side in pixels of the copy that is searched.
+            backend, threads: what runs the networks on a CPU, see `encoder.engines`.
         """
         if not 0 < min_face <= 1:
             raise ValueError(f"min_face is a part of the shorter side, 0 to 1, not {min_face}")
@@ -77,6 +81,7 @@ class Aligner:
         device = torch.device(device)
         device = torch.device("cpu") if device.type == "mps" else device  # which lacks its poolings
         self.mtcnn = MTCNN(device=device).eval().requires_grad_(False)
+        use_in(self.mtcnn, backend, threads)
 
     def detect(self, picture: Image.Image) -> list[Face]:
         """Faces in an upright picture, largest first; empty where there is none."""

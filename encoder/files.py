@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,16 +35,19 @@ from typing import Any
 from PIL import Image
 
 from encoder.align import Aligner, Face
+from encoder.films import CAMERA, is_film
+from encoder.films import SUFFIXES as FILMS
 from generators.command import console, printable
-from generators.disk import may_write, write_atomically
-from generators.images import find_images, result_names
+from generators.disk import find_files, may_write, write_atomically
+from generators.images import SUFFIXES, find_images, result_names
 from generators.runs import flat
 
 MANIFEST = "manifest.jsonl"
 LONGEST_NAME = 255  # bytes, on nearly every file system
 LARGEST = 8192  # side of a written picture in pixels
 # Fields of the configurations that change no result:
-CHANGEABLE = ("input", "output", "overwrite", "batch_size", "device", "save", "film_format")
+CHANGEABLE = ("input", "output", "overwrite", "batch_size", "device", "save", "film_format",
+              "backend", "threads")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,16 @@ def check_size(size: int | None) -> None:
         raise ValueError(f"--size is a side in pixels, 1 to {LARGEST}, not {size}")
 
 
+def find_inputs(source: str) -> list[tuple[Path, Path]]:
+    """`find_images`, and films. A camera's recording is named for the time it begins at, so that
+    none is in the way of the next."""
+    camera = CAMERA.fullmatch(source)
+    if camera:
+        name = re.sub(r"\W+", "_", camera[1])[:50]
+        return [(Path(source), Path(f"webcam_{name}_{time.strftime('%Y%m%d-%H%M%S')}"))]
+    return find_files(source, SUFFIXES | FILMS, "picture or film")
+
+
 def find_faces(aligner: Aligner, picture: Image.Image, path: Path) -> list[Face]:
     """The faces of the picture at `path`, largest first; ValueError where there is none."""
     faces = aligner.detect(picture)
@@ -80,14 +94,15 @@ def find_faces(aligner: Aligner, picture: Image.Image, path: Path) -> list[Face]
 
 @dataclass
 class Job:
-    """One picture, and where its results go."""
+    """One picture or film, and where its results go."""
 
-    path: Path  # of the picture
+    path: Path  # of the picture; of a camera "webcam:0"
     relative: Path  # the same, relative to the input folder
     base: Path  # OUT/sub/name, to which a result's ending is added
     endings: Mapping[str, str]  # {artefact: ending}
     own: set[Path] = field(default_factory=set)  # results of it that were written before
     outputs: list[str] = field(default_factory=list)  # relative to OUT
+    film: bool = False
 
     def files(self, face: int = 1) -> dict[str, Path]:
         """{artefact: file} of the first, second, … face."""
@@ -118,35 +133,43 @@ class Results:
         endings: Mapping[str, str],  # {artefact: what its file's name adds to the picture's}
         save: str,  # comma list of the artefacts that are wanted
         numbered: str = "",  # pattern of what else may be added
+        films: Mapping[str, str] | None = None,  # as `endings`, for films; None: films are passed
     ) -> None:
-        """Finds the pictures, names their results and reads what was done before; writes nothing.
+        """Finds the pictures and films, names their results and reads what was done before; writes
+        nothing.
 
         ValueError where nothing is found, or a file must not be replaced.
         """
         self.folder, self.overwrite = config.output, config.overwrite
         self.settings = settings_of(config)
-        sources = find_images(config.input)
+        sources = find_images(config.input) if films is None else find_inputs(config.input)
         here = os.path.realpath(self.folder)  # earlier results below the input are no inputs
         outside = [s for s in sources if here not in map(str, Path(real(s[0])).parents)]
         sources = outside or sources
         self.inputs = {real(path) for path, _ in sources}
 
         # Names are the same whatever is saved, so that a later command may add to the results.
-        added = "|".join(re.escape(Path(end).stem) for end in endings.values() if end[0] != ".")
+        ends = [*endings.values(), *(films or {}).values()]
+        added = "|".join(re.escape(Path(end).stem) for end in ends if end[0] != ".")
         names = result_names([name for _, name in sources], re.compile(f"{numbered}({added})?$"))
-        wanted = chosen(save, endings)
 
+        self.what = "pictures"
         lines = read_manifest(self.folder / MANIFEST)
-        self.jobs, self.todo = [], []
+        self.jobs: list[Job] = []
+        self.todo: list[Job] = []
         for (path, relative), name in zip(sources, names, strict=True):
-            job = Job(path, relative, self.folder / name, wanted)
+            film = films is not None and (is_film(path) or path.suffix == ".safetensors")
+            wanted = chosen(save, (films if film else None) or endings)
+            job = Job(path, relative, self.folder / name, wanted, film=film)
             self.jobs.append(job)
             if not self.finished(job, lines.get(str(path))):
                 self.check(job, job.files().values())
                 self.todo.append(job)
+        if films_there := sum(job.film for job in self.jobs):
+            self.what = "films" if films_there == len(self.jobs) else "pictures and films"
         if len(self.todo) < len(self.jobs):
             ready = len(self.jobs) - len(self.todo)
-            console.print(f"{ready} of {len(self.jobs)} pictures are finished already")
+            console.print(f"{ready} of {len(self.jobs)} {self.what} are finished already")
 
     def finished(self, job: Job, line: dict[str, Any] | None) -> bool:
         """Whether the manifest's line and the files say so; keeps which files are its own."""
@@ -250,7 +273,7 @@ class Results:
         for line in failed:
             console.print(printable(line.get("reason", f"{line['input']} was not finished"), 1000))
         console.print(
-            f"{len(asked) - len(failed)} of {len(asked)} pictures {verb}{more}; "
+            f"{len(asked) - len(failed)} of {len(asked)} {self.what} {verb}{more}; "
             f"results and {MANIFEST} are in {printable(self.folder)}"
         )
         return 1 if failed else 0

@@ -7,17 +7,16 @@ Shape letters: N frames, H height, W width.
 
 from __future__ import annotations
 
-import io
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
+from encoder.films import FilmWriter, load_av
 from generators.command import printable
 from generators.disk import write_atomically
-from generators.images import grid, to_pil, to_uint8
+from generators.images import grid, to_pil
 
 FORMATS = (".mp4", ".gif", ".png")
 
@@ -29,7 +28,7 @@ def check_format(path: Path) -> None:
             f"{printable(path)}: frames are written as {', '.join(FORMATS)}; choose one of these"
         )
     if path.suffix.lower() == ".mp4":
-        _av()
+        load_av("a film as .mp4, where .gif does not do,")
 
 
 def write_frames(path: Path, frames: Tensor, fps: int = 25) -> None:
@@ -45,30 +44,13 @@ def write_frames(path: Path, frames: Tensor, fps: int = 25) -> None:
         options = {"save_all": True, "append_images": rest, "duration": 1000 / fps, "loop": 0}
         write_atomically(path, lambda file: first.save(file, format="GIF", **options))
     else:
-        film = _mp4(frames, fps)
-        write_atomically(path, lambda file: file.write_bytes(film))
+        write_atomically(path, partial(_mp4, frames, fps))
 
 
-def _mp4(frames: Tensor, fps: int) -> bytes:
-    """H.264 in 4:2:0, which every player reads; it wants even sides. Made in memory: PyAV waits for
-    ever where the disk is full."""
-    av, made = _av(), io.BytesIO()
-    height, width = (side - side % 2 for side in frames.shape[-2:])
-    with av.open(made, "w", format="mp4") as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames[..., :height, :width]:
-            pixels = rearrange(to_uint8(frame).cpu(), "c h w -> h w c").contiguous().numpy()
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        film.mux(stream.encode())
-    return made.getvalue()
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(
-            "writing .mp4 needs PyAV: pip install 'amortized-gan-inversion[video]', or choose .gif"
-        ) from error
-    return av
+def _mp4(frames: Tensor, fps: int, file: Path) -> None:
+    height, width = frames.shape[-2:]
+    with open(file, "wb") as stream:
+        film = FilmWriter(stream, (width, height), Fraction(fps))
+        for i, frame in enumerate(frames):
+            film.add(to_pil(frame), i / fps)
+        film.close()

@@ -1,11 +1,14 @@
-"""Photos to anime faces: a picture, a folder or a glob in, as many results out.
+"""Photos and films to anime faces: a picture, a film, a folder or a glob in, as many results out.
 
     python infer.py --input photos/ --output out/
     python infer.py --input me.jpg --output out/ --save anime,grid,latents --refine-steps 50
     python infer.py --input me.jpg --output out/ --size 256       # enlarged by super-resolution
+    python infer.py --input clip.mp4 --output out/ --layout side-by-side
+    python infer.py --input webcam:0 --output out/                # until Ctrl-C
     accelerate launch infer.py --input photos/ --output out/      # each process takes its share
 
-Writes OUT/sub/name.png for photos/sub/name.jpg, and OUT/manifest.jsonl with one line per picture.
+Writes OUT/sub/name.png for photos/sub/name.jpg, OUT/sub/name.mp4 for films (see `encoder.video`; a
+GIF of several frames is one), and OUT/manifest.jsonl with one line per picture or film.
 Where several pictures share a stem, the whole name is kept: a.jpg.png, a.png.png. The same command
 goes on where it stopped. Exit code 0, 1 where pictures failed (they are listed, the others are
 done), 2 where nothing could be done.
@@ -19,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,38 +30,39 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from encoder import video
 from encoder.align import Aligner
 from encoder.files import FilesConfig, Job, Results, check_size, chosen, find_faces
-from encoder.pipeline import Networks, Translator, clock
+from encoder.pipeline import Drawing, Translator, clock
 from generators import checkpoint
-from generators.command import command, console, parse_device
+from generators.command import command, console, parse_device, printable
 from generators.curvature import curvature_of
 from generators.disk import write_atomically
-from generators.images import grid, open_image, resize
+from generators.images import open_image
 from generators.latents import DEVIATIONS, write_latents
 from generators.runs import progress
 from generators.superres import SuperResolution
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WORTH_EXPORTING = 1000  # pictures from which on half a minute of export is won back
 ENDINGS = {"anime": ".png", "aligned": "_aligned.png", "reconstruction": "_reconstruction.png",
            "latents": "_latents.safetensors", "grid": "_grid.png"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferConfig(FilesConfig, Networks):
+class InferConfig(FilesConfig, Drawing, video.DrawConfig):
+    input: str  # a picture or film, a folder, a quoted glob, webcam:0, a film's latents
     save: str = "anime"  # comma list of anime, aligned, reconstruction, latents, grid
-    size: int | None = None  # side of the written pictures in pixels; None: the generator's own
     superres: str = "superres64"  # enlarges to a --size above the generator's own; or: bicubic
-    faces: Literal["largest", "all"] = "largest"  # of each picture
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     truncation: float = 1.0  # below 1: closer to the average face
     style_limit: float = DEVIATIONS  # lower: cleaner drawings, higher (or inf): more of the photo
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
     curvature: str | None = None  # of the face generator, for refining; face64 has curvature64
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of encoder and synthesis
-    batch_size: int = 8  # faces per pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         chosen(self.save, ENDINGS)
         check_size(self.size)
         if self.batch_size < 1:
@@ -72,20 +76,29 @@ def run(config: InferConfig) -> int:
     # 1. What is to be done, and whether it can be.
     device = parse_device(config.device)
     state = PartialState(cpu=device.type == "cpu")
-    results = Results(config, ENDINGS, config.save, r"(_face\d+)?")
+    results = Results(config, ENDINGS, config.save, r"(_face\d+)?", video.ENDINGS)
     if not results.todo:
         return 0
     if device.type == state.device.type and device.index is None:
         device = state.device  # each process has its own
-    translator = load(config, device)
+    few = len(results.todo) < WORTH_EXPORTING and not any(job.film for job in results.todo)
+    translator = load(config, device, few)
     state.wait_for_everyone()  # all know what is to be done before the first one writes
 
     # 2. Do it.
     start = time.perf_counter()
     share = results.todo[state.process_index :: state.num_processes]
     shown = state.is_main_process and console.is_terminal
-    with results, progress(len(share), 0, shown, "pictures") as advance:
-        translate(share, results, translator, config, advance)
+    films = [job for job in share if job.film]
+    pictures = [job for job in share if not job.film]
+    with results:
+        with progress(len(pictures), 0, shown and bool(pictures), "pictures") as advance:
+            translate(pictures, results, translator, config, advance)
+        for job in films:
+            if shown:
+                console.print(printable(job.path))
+            with results.attempt(job):
+                video.draw_film(job, results, translator, config, shown)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
 
@@ -98,20 +111,24 @@ def run(config: InferConfig) -> int:
     return code
 
 
-def load(config: InferConfig, device: torch.device) -> Translator:
+def load(config: InferConfig, device: torch.device, few: bool = False) -> Translator:
+    dtype = DTYPES[config.dtype]
+    engine = config.engine(device, dtype, config.batch_size, few)
+    how = {key: engine[key] for key in ("backend", "threads")}
     return Translator.load(
         config.face_generator,
         config.anime_generator,
         config.encoder,
         swap_resolution=config.swap_resolution,
         device=device,
-        dtype=DTYPES[config.dtype],
-        aligner=Aligner(device) if config.align else None,
+        dtype=dtype,
+        aligner=Aligner(device, **how) if config.align else None,
         truncation=config.truncation,
         style_limit=config.style_limit,
         refine_steps=config.refine_steps,
         curvature=curvature_of(config.face_generator, config.curvature),
         superres=load_superres(config),
+        **engine,
     )
 
 
@@ -211,23 +228,14 @@ def write(
 ) -> None:
     """One face: pictures (3, R, R) in [-1, 1], here brought to the wanted size, and "latents"
     (L, D); each file whole or not."""
-    if not all(part.isfinite().all() for part in made.values()):
-        raise ValueError(f"The result of {job.path} is not finite; try --dtype fp32.")
-    side = size or translator.resolution
-
-    @cache
-    def picture(part: str) -> Tensor:
-        if part == "aligned":  # the photo as the encoder saw it: nothing is added
-            return resize(made[part], side)
-        return translator.enlarge(made[part][None], side)[0]
-
-    for name, file in job.files(number).items():
+    video.check_finite(made.values(), job.path)
+    files = job.files(number)
+    pictures = video.tiles(files, made, translator, size or translator.resolution)
+    for name, file in files.items():
         if name == "latents":
             write_latents(file, {"ws": made[name]})
         else:
-            shown = ("aligned", "reconstruction", "anime") if name == "grid" else (name,)
-            strip = torch.stack([picture(part) for part in shown])
-            write_atomically(file, partial(grid(strip, len(shown)).save, format="PNG"))
+            write_atomically(file, partial(pictures[name].save, format="PNG"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,6 +57,7 @@ from generators.images import (
 from generators.latents import read_latents, write_latents
 from generators.runs import frozen, progress
 from generators.stylegan2 import Generator
+from generators.threads import use_threads
 
 ENDINGS = {"reconstruction": ".png", "latents": "_latents.safetensors", "curve": "_curve.png"}
 FILM_FRAMES = 250  # at most
@@ -80,6 +81,7 @@ class InvertConfig(FilesConfig):
     align: bool = True  # find the largest face first; off: the pictures are crops already
     batch_size: int = 8  # pictures searched together
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
+    threads: int = 0  # of the CPU; 0: what fits the work
 
     def __post_init__(self) -> None:
         artefacts = chosen(self.save, self.endings)
@@ -112,6 +114,7 @@ class Inverter:
         self.config, self.device = config, parse_device(config.device)
         path = checkpoint.resolve(config.generator)
         self.generator: Any = self.placed(checkpoint.load(path, Generator, DcganGenerator))
+        use_threads(config.threads, pixels=config.batch_size * self.generator.resolution**2)
         losses = LossSet(dataclasses.asdict(config.loss), config.networks)
         self.losses = losses.to(self.device)
         self.encoder: Encoder | None = None

@@ -38,6 +38,7 @@ from generators.adversarial import (
     r1_penalty,
 )
 from generators.augment import diff_augment
+from generators.blocks import freeze_generator
 from generators.data import Pictures, first_pictures
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.latents import mix_styles, principal_axes
@@ -57,6 +58,7 @@ WIDTHS = (16, 32, 48, 64)  # of a new discriminator of pixels from R down; then 
 @dataclass(frozen=True)
 class JointOptions:
     generator_lr: float = 0.0  # > 0: the generator learns too, its Adam at this rate or less
+    freeze_generator_below: int = 0  # then: its mapping and blocks below this resolution stay
     spread_weight: float = 0.3  # then: of the pull of w+ into the region that z is mapped to
     layers_weight: float = 0.0  # then: of the pull of the layers of w+ to their mean
     match_weight: float = 0.0  # then: of the pull of such means and w to the same distribution
@@ -64,7 +66,8 @@ class JointOptions:
     pixel_discriminator: str | None = None  # to begin with, a .safetensors; None: a new one
 
     def __post_init__(self) -> None:
-        names = ("generator_lr", "spread_weight", "layers_weight", "match_weight", "pixel_weight")
+        names = ("generator_lr", "freeze_generator_below", "spread_weight", "layers_weight",
+                 "match_weight", "pixel_weight")  # fmt: skip
         check_numbers(self, {"of 0 or more": names})
         if self.pixel_weight and not self.generator_lr:
             raise ValueError("--pixel-weight is for a generator that learns; give --generator-lr.")
@@ -139,11 +142,15 @@ class Joint:
         self.options = options
         self.weights = {"discriminator": adversarial, "pixel_discriminator": options.pixel_weight}
         self.generator = copy.deepcopy(generator).train().requires_grad_(True)
+        if options.freeze_generator_below:  # so that fine-tunes still fit it
+            freeze_generator(self.generator, options.freeze_generator_below)
         self.spread = Spread(generator)
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "spread": self.spread}
         self.optimisers: dict[str, torch.optim.Adam] = {
             "generator": torch.optim.Adam(
-                self.generator.parameters(), options.generator_lr, (0.0, 0.99)
+                [p for p in self.generator.parameters() if p.requires_grad],
+                options.generator_lr,
+                (0.0, 0.99),
             )
         }
         self.discriminators: dict[str, nn.Module] = {}
@@ -177,15 +184,18 @@ class Joint:
 
     def draw(self, ws: Tensor, rng: torch.Generator) -> Drawn:
         """Reconstructions of ws (B, L, D) and half as many samples of the prior with mixed styles,
-        in one pass; moves the mean of w."""
-        generator = self.generator
-        z = torch.randn((len(ws) + 1) // 2, generator.z_dim, generator=rng)
+        in one pass; moves the mean of w. No samples where nothing would look at them."""
+        generator, options = self.generator, self.options
+        looked_at = self.discriminators or options.match_weight
+        count = (len(ws) + 1) // 2 if looked_at or not options.freeze_generator_below else 0
+        z = torch.randn(count, generator.z_dim, generator=rng)
         w = generator.mapping(z.to(ws.device))  # (N, D)
-        mean = w.detach().float().mean(dim=0)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
-        generator.w_avg.lerp_(mean, 1 - W_AVG_DECAY)
+        if not options.freeze_generator_below:
+            mean = w.detach().float().mean(dim=0)
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(mean)
+                mean /= torch.distributed.get_world_size()
+            generator.w_avg.lerp_(mean, 1 - W_AVG_DECAY)
         prior = w[:, None].expand(-1, generator.num_ws, -1)
         prior = mix_styles(prior, prior.roll(1, 0), STYLE_MIXING, rng)  # (N, L, D)
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # of the noise maps
@@ -203,10 +213,12 @@ class Joint:
         parts = {
             "spread": self.spread(ws).mean(),
             "layers": (ws - means[:, None]).square().sum(dim=2).mean() / variance,
-            "match": energy_distance(means, drawn.w.float()) / variance.sqrt(),
         }
+        if len(drawn.w):
+            parts["match"] = energy_distance(means, drawn.w.float()) / variance.sqrt()
         total = options.spread_weight * parts["spread"] + options.layers_weight * parts["layers"]
-        total = total + options.match_weight * parts["match"]
+        if options.match_weight:
+            total = total + options.match_weight * parts["match"]
         ramp = min(1.0, (step + 1) / max(warmup, 1))
         for name, network in self.discriminators.items():
             self.learning[name].requires_grad_(False)

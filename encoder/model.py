@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from generators.latents import from_offsets
 
+FREQUENCIES = 24  # of a picture's width, and of its height, that the dense branch looks at
+DENSE_SIDE = 8  # of the map that it looks at
+
 # what is larger is no encoder but a damaged or hostile file
 MOST = {"resolution": 4096, "num_ws": 64, "w_dim": 8192, "width": 8192, "heads": 1024, "depth": 64,
         "most_tokens": 512}  # fmt: skip
@@ -35,6 +38,7 @@ class EncoderConfig:
     most_tokens: int = 8  # a level's map is pooled to at most this many positions a side
     input_size: int = 0  # side in pixels to which pictures are enlarged first; 0: R, as they are
     shared: bool = False  # all queries together give one w of all layers, each adds to its own
+    dense: int = 0  # channels of a map whose every place adds to that w, beside the pixels; 0: none
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
@@ -46,6 +50,8 @@ class EncoderConfig:
                 f"input_size must be 0 or from {self.resolution} to {MOST['resolution']}, "
                 f"not {self.input_size}"
             )
+        if not isinstance(self.dense, int) or not 0 <= self.dense <= MOST["width"]:
+            raise ValueError(f"dense must be a whole number from 0 up, not {self.dense}")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of twice the {self.heads} heads"
@@ -126,32 +132,33 @@ class Encoder(nn.Module):
             self.to_shared = nn.Linear(config.num_ws * config.width, config.w_dim)
             nn.init.normal_(self.to_shared.weight, std=0.02 * config.width**-0.5)
             nn.init.zeros_(self.to_shared.bias)
+        if config.dense:
+            self.dense = Dense(config, channels, backbone.feature_info.reduction())
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.config.input_size:  # so that the last levels, which know most, have more positions
-            images = F.interpolate(images, (self.config.side,) * 2, mode="bilinear")
-        x = (images * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
-        levels: Any = zip(self.backbone(x), self.project, self.norms, self.level, strict=True)
+        config, x = self.config, images
+        if config.input_size:  # so that the last levels, which know most, have more positions
+            x = F.interpolate(images, (config.side,) * 2, mode="bilinear")
+        x = (x * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        maps = self.backbone(x)
+        levels: Any = zip(maps, self.project, self.norms, self.level, strict=True)
         tokens = torch.cat(
             [
-                project(norm(self._tokens(level))) + embedding + positions(level, self.config)
+                project(norm(tokens_of(level, config))) + embedding + positions(level, config)
                 for level, project, norm, embedding in levels
             ],
             dim=1,
         )  # (B, T, C)
-        q = self.queries.expand(len(images), -1, -1)  # (B, L, C)
+        q = self.queries.expand(images.shape[0], -1, -1)  # (B, L, C); len() would fix B in exports
         for layer in self.layers:
             q = layer(q, tokens)
         q = self.norm(q)
         offsets = torch.einsum("blc,lcd->bld", q, self.to_offsets)  # (B, L, D)
-        if self.config.shared:
+        if config.shared:
             offsets = offsets + self.to_shared(q.flatten(1))[:, None]
+        if config.dense:
+            offsets = offsets + self.dense(images, maps)[:, None]
         return from_offsets(offsets.float(), self.w_avg.float())
-
-    def _tokens(self, level: Tensor) -> Tensor:
-        """(B, C', H, W) -> (B, T, C'), pooled to at most most_tokens a side."""
-        pooled = F.adaptive_avg_pool2d(level, pooled_size(level, self.config))
-        return rearrange(pooled, "b c h w -> b (h w) c")
 
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)
@@ -181,6 +188,66 @@ def stop_strides_on_one_pixel(backbone: nn.Module, resolution: int) -> None:
     backbone.train()
     for handle in handles:
         handle.remove()
+
+
+class Dense(nn.Module):
+    """What attention, an average, cannot tell: which pixel lies where. Images (B, 3, R, R) and the
+    backbone's maps -> (B, D), linear in the picture's low frequencies and in one of the maps.
+
+    A face's 256 principal axes, which are nearly its low frequencies, already hold it better than a
+    w+ found by attention. Gradients are scaled as StyleGAN's (Karras et al. 2018, arXiv:1710.10196,
+    section 4.1), the frequencies by the spectrum of pictures.
+    """
+
+    gain = 0.1
+    basis: Tensor
+    scale: Tensor
+
+    def __init__(self, config: EncoderConfig, channels: list[int], reduction: list[int]) -> None:
+        super().__init__()
+        side = min(FREQUENCIES, config.resolution)
+        self.register_buffer("basis", cosines(side, config.resolution), persistent=False)
+        order = torch.arange(side)
+        height = (order[:, None] ** 2 + order**2).sqrt()
+        # pictures in [-1, 1] have a standard deviation of about R / 2 at order 0, falling as 1 / f
+        self.register_buffer("scale", 2 * (1 + height) / config.resolution, persistent=False)
+        large = [i for i, r in enumerate(reduction) if config.side // r >= DENSE_SIDE]
+        self.level = large[-1] if large else 0
+        self.norm = nn.LayerNorm(channels[self.level])
+        self.reduce = nn.Linear(channels[self.level], config.dense)
+        self.pixels = nn.Linear(3 * side**2, config.w_dim)
+        self.places = nn.Linear(DENSE_SIDE**2 * config.dense, config.w_dim, bias=False)
+        for layer in (self.pixels, self.places):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.pixels.bias)
+
+    def forward(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        low = (self.basis @ images @ self.basis.T) * self.scale  # (B, 3, F, F)
+        tokens = rearrange(pool(maps[self.level], (DENSE_SIDE,) * 2), "b c h w -> b h w c")
+        places = self.reduce(self.norm(tokens))
+        return self.pixels(self.gain * low.flatten(1)) + self.places(self.gain * places.flatten(1))
+
+
+def cosines(count: int, size: int) -> Tensor:
+    """The first rows (F, R) of the orthonormal discrete cosine transform, DCT-II (Ahmed et al.
+    1974)."""
+    places = (torch.arange(size) + 0.5) * torch.pi / size
+    rows = (torch.arange(count)[:, None] * places).cos() * (2 / size) ** 0.5
+    rows[0] *= 0.5**0.5
+    return rows
+
+
+def pool(level: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means (B, C, h, w) over parts of a map (B, C, H, W), of equal parts where they are."""
+    height, width = level.shape[-2:]
+    if height % size[0] == 0 and width % size[1] == 0:  # which exports know
+        return F.avg_pool2d(level, (height // size[0], width // size[1]))
+    return F.adaptive_avg_pool2d(level, size)
+
+
+def tokens_of(level: Tensor, config: EncoderConfig) -> Tensor:
+    """(B, C', H, W) -> (B, T, C'), pooled to at most most_tokens a side."""
+    return rearrange(pool(level, pooled_size(level, config)), "b c h w -> b (h w) c")
 
 
 def pooled_size(level: Tensor, config: EncoderConfig) -> tuple[int, int]:

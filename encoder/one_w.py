@@ -8,9 +8,11 @@ photos together fill few dimensions. The new w are coordinates along as many pri
 photos' w+, all layers side by side, as w has dimensions, turned at random and scaled to the old w's
 variance. What was linear stays so: each layer's affine layer takes the new w (of fine-tunes too,
 `--also`), the encoder's head gives it, one for all layers, and pictures stay as they were but for
-the axes left out. The mapping network is another one, fitted to the new w of the photos: first to a
-normal distribution of their covariance, then by energy distance to them. Train on from there with
-`train_encoder.py --generator-lr … --shared`.
+the axes left out. The late blocks of a fine-tune, which smear at what photos are encoded to, take a
+least-squares fit to these codes limited (`generators.latents.StyleLimit`) instead: there they draw
+soundly, and need no limit any more. The mapping network is another one, fitted to the new w of the
+photos: first to a normal distribution of their covariance, then by energy distance to them. Train
+on from there with `train_encoder.py --generator-lr … --shared`.
 
 Shape letters: N photos, L layers of w+, D dimension of w, C width of the encoder's head, B batch.
 """
@@ -33,11 +35,12 @@ from generators import checkpoint
 from generators.command import command, console, printable
 from generators.data import first_pictures, open_dataset
 from generators.disk import may_write
-from generators.latents import principal_axes
+from generators.latents import LIMIT, StyleLimit, principal_axes
 from generators.runs import check_numbers, seed_of
 from generators.stylegan2 import Generator, MappingNetwork
 
 BATCH = 384  # latents of a step of fitting the mapping network
+DENSE = ("dense.pixels.weight", "dense.pixels.bias", "dense.places.weight")  # its last layers
 MAPPING_LR = 0.3  # of Adam; its weights are a hundred times what they act as
 
 
@@ -49,6 +52,8 @@ class OneWConfig:
     data: str  # photos: a folder, parquet or a saved Hugging Face data set
     also: tuple[str, ...] = ()  # fine-tunes of the generator: bundled names or files
     images: int = 4000  # photos whose w+ are measured, each mirrored too
+    swap_resolution: int = 16  # first block of the fine-tunes that gets limited codes
+    style_limit: float | None = LIMIT  # of these codes; None: as found
     fit_steps: int = 1500  # of the mapping network, to each of its two aims
     seed: int = 0  # of everything that is drawn
     overwrite: bool = False  # replace files that exist
@@ -85,6 +90,14 @@ def coordinates(offsets: Tensor, variance: Tensor, rng: torch.Generator) -> Coor
     )
 
 
+def fitted(offsets: Tensor, w: Tensor, to: Coordinates) -> Coordinates:
+    """The same new w (N, D), but back to the linear function of them that is nearest to `offsets`
+    (N, L, D), which are no linear function of them."""
+    mean, w = offsets.double().mean(dim=0), w.double()
+    back = torch.linalg.lstsq(w, (offsets.double() - mean).flatten(1)).solution  # (D, L * D)
+    return Coordinates(mean, to.into, rearrange(back, "e (l d) -> l e d", l=len(mean)))
+
+
 @torch.no_grad()
 def move_generator(generator: Generator, w_avg: Tensor, to: Coordinates, mapping: dict) -> None:
     """Its affine layers take the new w; `mapping` is the state of its new mapping network."""
@@ -108,9 +121,11 @@ def moved_encoder(encoder: Encoder, w_avg: Tensor, to: Coordinates) -> Encoder:
     state = encoder.state_dict()
     heads = [state["to_offsets"].double()]  # (L, C, D)
     bias = -torch.einsum("ld,lde->e", to.mean, to.into) - w_avg
+    total = to.into.sum(dim=0)  # what is shared enters every layer's coordinates
+    for name in DENSE if encoder.config.dense else ():
+        state[name] = (total.T @ state[name].double()).float()
     if encoder.config.shared:
         own = rearrange(state["to_shared.weight"].double(), "d (l c) -> l c d", l=len(to.mean))
-        total = to.into.sum(dim=0)  # the shared part enters every layer's coordinates
         heads.append(own)
         bias = bias + state["to_shared.bias"].double() @ total
         into = heads[0] @ to.into + heads[1] @ total
@@ -159,6 +174,11 @@ def fitted_mapping(generator: Generator, w: Tensor, steps: int, rng: torch.Gener
 
 def run(config: OneWConfig) -> None:
     names = ("encoder", "generator", *(Path(name).stem for name in config.also))
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"The files {', '.join(map(printable, names))} would have the same names in "
+            f"{printable(config.target)}; give each --also a name of its own."
+        )
     targets = [config.target / f"{name}.safetensors" for name in names]
     paths = [checkpoint.resolve(p) for p in (config.encoder, config.generator, *config.also)]
     for target in targets:
@@ -177,8 +197,12 @@ def run(config: OneWConfig) -> None:
     mapping = fitted_mapping(face, w, config.fit_steps, rng)
     old = face.w_avg.clone()
     networks: list[Encoder | Generator] = [moved_encoder(encoder, mapping["w_avg"], to)]
-    for generator in generators:
-        move_generator(generator, old, to, mapping)
+    finer = to
+    if config.also and config.style_limit is not None:
+        limit = StyleLimit(face, config.swap_resolution, config.style_limit)
+        finer = fitted(limit(offsets + old) - old, w, to)
+    for generator, its in zip(generators, [to, *[finer] * len(config.also)], strict=True):
+        move_generator(generator, old, its, mapping)
         networks.append(generator)
     for path, target, network in zip(paths, targets, networks, strict=True):
         provenance = checkpoint.read_metadata(path)["provenance"] | {"one_w_of": str(len(w))}

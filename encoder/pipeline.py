@@ -17,24 +17,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from encoder.align import Aligner, Face
+from encoder.engines import Backend, choose, encoder_of, synthesis_of
 from encoder.losses import LossSet
 from encoder.model import Encoder
-from encoder.search import Search, optimise_latent
+from encoder.search import Callback, Search, optimise_latent
 from generators.blocks import SwappedSynthesis
-from generators.checkpoint import load, resolve
+from generators.checkpoint import load, read_metadata, resolve
 from generators.curvature import Curvature, curvature_of
 from generators.images import fit, resize, to_float
 from generators.latents import DEVIATIONS, truncate
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
+from generators.threads import use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,30 @@ class Networks:
     encoder: str = "encoder64"  # trained for the face generator
     align: bool = True  # off: the pictures are aligned crops already
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
+    threads: int = 0  # of the CPU; 0: what fits the work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Networks):
+    """Options of commands that draw one photo after the other."""
+
+    backend: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"  # the last two: on a CPU
+
+    def engine(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 1,
+        few: bool = False,
+    ) -> dict[str, Any]:
+        """The translator's options backend, threads, export; sets torch's threads.
+
+        few: an encoder that was not exported before is left to torch, unless --backend says more.
+        """
+        side = read_metadata(resolve(self.face_generator))["config"]["resolution"]
+        threads = use_threads(self.threads, pixels=batch_size * side**2)
+        backend = choose(self.backend, device, dtype)
+        return {"backend": backend, "threads": threads, "export": self.backend != "auto" or not few}
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,9 @@ class Translator:
         refine_steps: int = 0,  # of latent optimisation, after the encoder
         curvature: Curvature | None = None,  # of `face`; refinement is faster with it
         superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
+        backend: Backend = "torch",  # of encoder and synthesis, see encoder.engines
+        threads: int = 1,  # of a backend other than torch, which has its own setting
+        export: bool = True,  # half a minute, once; off: an encoder not exported yet stays torch's
     ) -> None:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -103,6 +132,10 @@ class Translator:
         if superres is not None and dtype != torch.float32:
             superres = copy.deepcopy(superres).to(dtype)
         self.superres: SuperResolution | None = superres and self._placed(superres)
+        # what encodes and what draws: the two networks themselves, or a backend's graphs of them
+        self.backend = choose(backend, self.device, dtype)
+        self.look = encoder_of(self.encoder, self.backend, threads, export)
+        self.draw = synthesis_of(self.synthesis, self.backend, threads)
         self.losses = LossSet({"mse": 1.0})
         self.curvature: Curvature | None = curvature and self._placed(curvature)
 
@@ -122,7 +155,8 @@ class Translator:
     def bundled(cls, **options: Any) -> Translator:
         """The models that come with the project, and an aligner unless one is given; `superres`
         enlarges."""
-        options.setdefault("aligner", Aligner(device=options.get("device", "cpu")))
+        how = {key: options[key] for key in ("device", "backend", "threads") if key in options}
+        options.setdefault("aligner", Aligner(**how))
         options.setdefault("superres", load(resolve("superres64"), SuperResolution))
         options.setdefault("curvature", curvature_of("face64"))
         return cls.load("face64", "anime64", "encoder64", **options)
@@ -168,29 +202,46 @@ class Translator:
         return to_float(pixels.to(self.device, memory_format=torch.channels_last))
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        truncation: float | None = None,  # None: the translator's own, as below
+        refine_steps: int | None = None,
+        callback: Callback | None = None,  # of the refinement, see `optimise_latent`
+    ) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> ws (B, L, D) in fp32: encoded, refined, truncated."""
+        truncation = self.truncation if truncation is None else truncation
+        refine_steps = self.refine_steps if refine_steps is None else refine_steps
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            ws = self.encoder(resize(images, self.encoder.config.resolution)).float()
+            ws = self.look(resize(images, self.encoder.config.resolution)).float()
         target = resize(images, self.resolution)
-        if self.refine_steps:
+        if refine_steps:
             ws = optimise_latent(
                 self.face,
                 target,
                 losses=self.losses,
-                search=Search(steps=self.refine_steps),
+                search=Search(steps=refine_steps),
                 start=ws,
                 curvature=self.curvature,
+                callback=callback,
             ).latent
-        return truncate(ws, self.face.w_avg, self.truncation)
+        return truncate(ws, self.face.w_avg, truncation)
 
     @torch.inference_mode()
-    def synthesise(self, ws: Tensor, reconstruction: bool = False) -> tuple[Tensor, Tensor | None]:
+    def synthesise(
+        self,
+        ws: Tensor,
+        reconstruction: bool = False,
+        *,
+        swap_resolution: int | None = None,  # None: the translator's own
+        colours: float = 0.0,  # 0: the photo's, 1: the drawing's own; see generators.latents
+    ) -> tuple[Tensor, Tensor | None]:
         """ws (B, L, D) -> anime (B, 3, R, R) and, if asked for, the reconstruction; in [-1, 1]."""
-        ws = ws.to(self.dtype)
+        ws, how = ws.to(self.dtype), (colours, swap_resolution)
         if not reconstruction:
-            return self.synthesis(ws).float().clamp(-1, 1), None
-        reconstructed, anime = self.synthesis(ws, both=True)
+            return self.draw(ws, "const", False, *how).float().clamp(-1, 1), None
+        reconstructed, anime = self.draw(ws, "const", True, *how)
         return anime.float().clamp(-1, 1), reconstructed.float().clamp(-1, 1)
 
     @torch.inference_mode()

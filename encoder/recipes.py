@@ -42,6 +42,7 @@ from generators.latents import mix, read_latents, slerp
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
+from generators.threads import use_threads
 
 Draw = Callable[[Tensor], Tensor]  # latents (B, …) -> images (B, 3, R, R)
 
@@ -233,6 +234,7 @@ def load_networks(config: Networks) -> tuple[Translator, Generator]:
         load(resolve(name), Generator) for name in (config.face_generator, config.anime_generator)
     )
     device = parse_device(config.device)
+    use_threads(config.threads, pixels=face.resolution**2)
     translator = Translator(
         face,
         anime,

@@ -75,7 +75,8 @@ class EncoderTrainConfig(RunConfig):
     width: int = 192  # channels of the head
     depth: int = 2  # cross-attention layers
     input_size: int = 0  # side in pixels to which the encoder enlarges pictures; 0: as they are
-    shared: bool = False  # the encoder gives one w for all layers, to which each layer adds
+    shared: bool = False  # one w for all layers, to which each adds; as --init has it, or on
+    dense: int = 0  # channels of the map that adds to that w by place; 0: as --init has it, or none
     lr: float = 5e-4  # the highest, of the encoder's AdamW
     warmup: int = 200  # steps of linear warm-up; then cosine decay to a twentieth at `decay_steps`
     decay_steps: int = 10_000  # steps
@@ -92,7 +93,7 @@ class EncoderTrainConfig(RunConfig):
         counts = ("steps", "accumulation", "eval_images", "decay_steps", "swap_resolution")
         ranges = {
             "of 1 or more": counts,
-            "of 0 or more": ("warmup", "r1_gamma", "input_size"),
+            "of 0 or more": ("warmup", "r1_gamma", "input_size", "dense"),
             "above 0": ("lr", "discriminator_lr", "max_grad_norm"),
             "from 0 to 1": ("synthetic_fraction", "ema_decay"),
         }
@@ -318,21 +319,29 @@ class EncoderTraining(Training):
 def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
     """The encoder at step 0, the same in every process, around the generator's w_avg."""
     torch.manual_seed(seed_of(config.seed, "weights"))
-    shape = EncoderConfig(
-        config.backbone,
-        generator.resolution,
-        generator.num_ws,
-        generator.w_dim,
-        config.width,
-        depth=config.depth,
-        input_size=config.input_size,
-        shared=config.shared,
-    )
-    encoder = Encoder(shape)
+    initial = None
     if config.init is not None:
         initial = checkpoint.load(checkpoint.resolve(config.init), Encoder)
+    encoder = Encoder(
+        EncoderConfig(
+            config.backbone,
+            generator.resolution,
+            generator.num_ws,
+            generator.w_dim,
+            config.width,
+            depth=config.depth,
+            input_size=config.input_size,
+            shared=config.shared or (initial is not None and initial.config.shared),
+            dense=config.dense or (0 if initial is None else initial.config.dense),
+        )
+    )
+    if initial is not None:
         complaint = f"{config.init} is of another --backbone, --width or --depth"
-        load_state(encoder, initial.state_dict(), complaint)
+        begun = initial.state_dict()
+        if config.dense and not initial.config.dense:  # this branch begins with nothing to add
+            new = {k: v for k, v in encoder.state_dict().items() if k.startswith("dense.")}
+            begun = new | begun
+        load_state(encoder, begun, complaint)
     elif config.backbone_weights != "random":
         load_backbone(encoder.backbone, config.backbone, config.backbone_weights)
     encoder.w_avg.copy_(generator.w_avg)

@@ -132,38 +132,61 @@ class SwappedSynthesis(nn.Module):
     ) -> None:
         super().__init__()
         _check_pair(face, anime, swap_resolution)
-        unlimited = style_limit == math.inf
-        self.limit = nn.Identity() if unlimited else StyleLimit(face, swap_resolution, style_limit)
+        self.limit = StyleLimit(face, swap_resolution, style_limit)
         self.face = face.synthesis
         self.anime = anime.synthesis
-        resolutions = face.config.block_resolutions
-        self.early = [r for r in resolutions if r < swap_resolution]
-        self.late = [r for r in resolutions if r >= swap_resolution]
+        self.resolutions = face.config.block_resolutions
+        self.swap_resolution = swap_resolution
 
     @overload
     def forward(
-        self, ws: Tensor, noise_mode: NoiseMode = ..., both: Literal[False] = ...
+        self,
+        ws: Tensor,
+        noise_mode: NoiseMode = ...,
+        both: Literal[False] = ...,
+        colours: float = ...,
+        swap_resolution: int | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, ws: Tensor, noise_mode: NoiseMode, both: Literal[True]
+        self,
+        ws: Tensor,
+        noise_mode: NoiseMode,
+        both: Literal[True],
+        colours: float = ...,
+        swap_resolution: int | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, ws: Tensor, noise_mode: NoiseMode = ..., *, both: Literal[True]
+        self,
+        ws: Tensor,
+        noise_mode: NoiseMode = ...,
+        *,
+        both: Literal[True],
+        colours: float = ...,
+        swap_resolution: int | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
-        self, ws: Tensor, noise_mode: NoiseMode = "const", both: bool = False
+        self,
+        ws: Tensor,
+        noise_mode: NoiseMode = "const",
+        both: bool = False,
+        colours: float = 0.0,  # see `StyleLimit`
+        swap_resolution: int | None = None,  # None: the constructor's
     ) -> Tensor | tuple[Tensor, Tensor]:
         """ws (B, L, D) -> anime (B, 3, R, R), or with `both` (reconstruction, anime)."""
+        swap = self.swap_resolution if swap_resolution is None else swap_resolution
+        early = [r for r in self.resolutions if r < swap]
+        late = [r for r in self.resolutions if r >= swap]
         x = image = None
-        if self.early:
-            x, image = self.face.run_blocks(self.early, None, None, ws, noise_mode)
-        anime = self.anime.run_blocks(self.late, x, image, self.limit(ws), noise_mode)[1]
+        if early:
+            x, image = self.face.run_blocks(early, None, None, ws, noise_mode)
+        limited = self.limit(ws, colours, swap)
+        anime = self.anime.run_blocks(late, x, image, limited, noise_mode)[1]
         if not both:
             return anime
-        return self.face.run_blocks(self.late, x, image, ws, noise_mode)[1], anime
+        return self.face.run_blocks(late, x, image, ws, noise_mode)[1], anime
 
 
 # ----------------------------------------------------------------------------- checks

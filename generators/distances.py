@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
 
 from generators.features import WHEEL_MODEL, FeaturePyramid
 from generators.images import to_float, to_uint8
@@ -58,6 +56,9 @@ def alexnet(weights: Path) -> FeatureSpace:
 
     weights: the state dict of LPIPS's backbone, `lpips.LPIPS("alex").net`, or torchvision's.
     """
+    import torchvision  # with torch._dynamo, seconds that other commands need not wait for
+    from torchvision.transforms import Normalize
+
     net = torchvision.models.alexnet(weights=None).features[:12]  # to relu5
     state = read_weights(weights, "AlexNet's weights, of LPIPS or torchvision")
     state = {key.partition(".")[2]: value for key, value in state.items()
@@ -72,6 +73,8 @@ def inception(weights: Path) -> FeatureSpace:
 
     weights: the state dict of torchvision's inception_v3, IMAGENET1K_V1.
     """
+    import torchvision  # as above
+
     net = torchvision.models.inception_v3(weights=None, aux_logits=True, init_weights=False)
     state = read_weights(weights, "torchvision's inception_v3, IMAGENET1K_V1")
     load_state(net, state, f"{weights} is not torchvision's inception_v3")

@@ -50,19 +50,23 @@ from generators.networks import (
     RunningMean,
     StyleGan2Options,
     adam,
+    initial,
     kl_to_prior,
     perceptual_network,
 )
+from generators.palette import Palette
 from generators.projected import ProjectedDiscriminator
-from generators.runs import step_generator
+from generators.runs import frozen, step_generator
 from generators.state import LossMeter
 from generators.steps import Draw, GeneratorTraining
+from generators.stylegan2 import Generator
 
 PATH_INTERVAL = 4  # steps between path-length penalties (Karras et al. 2020, appendix B)
 CALIBRATION = 256  # real pictures that set a projected discriminator's scales
 W_AVG_DECAY = 0.995  # per step, of the running mean of w
 ADA_INTERVAL = 4  # steps between the controller's decisions (Karras et al. 2020 ADA, section 3.1)
 SHEET = 36  # samples
+PALETTE_DRAWINGS = 2000  # whose colours are measured
 FEWEST = 4  # pictures on each side: precision and recall look at three neighbours of each
 
 
@@ -242,10 +246,17 @@ class StyleGan2Training(AdversarialTraining):
         weight = config.perceptual_weight * config.reconstruction_weight
         self.perceptual = perceptual_network(config, weight, 4, accelerator.device)
         self.latents: Tensor | None = None  # (N, L, D) at which half of the fakes are drawn
+        self.palette: Palette | None = None
         if config.latents is not None:
             ws, below = read_ws(config.latents, self.generator), config.freeze_generator_below
-            ws = ws.to(accelerator.device)  # limited as the translation of photos will limit them
-            self.latents = StyleLimit(self.generator, below)(ws) if below else ws
+            self.latents = ws = ws.to(accelerator.device)
+            if config.palette_weight:
+                source: Any = initial(config.palette_source, Generator)
+                drawings = first_pictures(self.datasets[0], PALETTE_DRAWINGS)
+                synthesis = frozen(source).to(accelerator.device).synthesis
+                self.palette = Palette(synthesis, ws, drawings).to(accelerator.device)
+            if below and config.style_limit is not None:  # as translations will limit them
+                self.latents = StyleLimit(self.generator, below, config.style_limit)(ws)
 
     def prepare(self, networks: dict[str, Any]) -> None:
         discriminator = networks["discriminator"]
@@ -283,11 +294,14 @@ class StyleGan2Training(AdversarialTraining):
                 mean, log_variance = self.variational(real)
                 code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
                 code = torch.cat([code, z]) if weight else code
-                fake = self.synthesise(code, draw, unmixed=len(real))
+                fake, _ = self.synthesise(code, draw, unmixed=len(real))
                 logs |= self.reconstruction_terms(real, fake[: len(real)], mean, log_variance)
                 loss = loss + config.reconstruction_weight * logs["reconstruction"]
             elif weight:
-                fake = self.synthesise(z, draw)
+                fake, chosen = self.synthesise(z, draw)
+                if self.palette is not None:
+                    logs["palette"] = self.palette(fake[len(fake) - len(chosen) :], chosen).mean()
+                    loss = loss + config.palette_weight * logs["palette"]
             if weight:
                 view = self.view(draw, fake)
                 logs["g"] = self.generator_loss(view)
@@ -314,9 +328,10 @@ class StyleGan2Training(AdversarialTraining):
             total = total + config.perceptual_weight * terms["perceptual"]
         return terms | {"reconstruction": total}
 
-    def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> Tensor:
+    def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> tuple[Tensor, Tensor]:
         """z (B, Z) -> images (B, 3, R, R) with random noise maps; moves the mean of w. All but the
-        first `unmixed` get style mixing, the second half of them given latents in place of z."""
+        first `unmixed` get style mixing, the second half of them given latents in place of z, whose
+        numbers are returned too."""
         generator = self.generator
         w = generator.mapping(z)  # (B, D)
         if not self.config.freeze_generator_below:
@@ -329,12 +344,13 @@ class StyleGan2Training(AdversarialTraining):
         if self.config.style_mixing:
             mixed = mix_styles(ws, ws.roll(1, 0), self.config.style_mixing, draw.own_rng())
             ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
+        chosen = torch.zeros(0, dtype=torch.long, device=ws.device)
         if self.latents is not None:
             count = (len(ws) - unmixed) // 2
             chosen = torch.randint(len(self.latents), (count,), generator=draw.own_rng())
-            given = self.latents[chosen.to(ws.device)].to(ws.dtype)
-            ws = torch.cat([ws[: len(ws) - count], given])
-        return generator.synthesis(ws, "random")
+            chosen = chosen.to(ws.device)
+            ws = torch.cat([ws[: len(ws) - count], self.latents[chosen].to(ws.dtype)])
+        return generator.synthesis(ws, "random"), chosen
 
     def path_length_step(self, draw: Draw) -> dict[str, Tensor]:
         """Adds the gradients of the path-length penalty on half a batch (Karras et al. 2020,

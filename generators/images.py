@@ -40,6 +40,12 @@ SUFFIXES = frozenset(
     ".heic .heif .jp2 .j2k .tga .ico .dib".split()  # these are not read, nor passed over unsaid
 )
 
+
+
+class TooManyPixels(ValueError):
+    """A picture is larger than whoever asked for it takes."""
+
+
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # not to the console, if unconfigured
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -90,9 +96,11 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         return decode(source)
 
 
-def decode(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """`open_image` without its silence, for threads: PIL may warn."""
-    with _opened(source, name) as image:
+def decode(
+    source: str | Path | bytes, name: str = "", most_pixels: int | None = None
+) -> Image.Image:
+    """`open_image` without its silence, for threads: PIL may warn. most_pixels: None: MAX_PIXELS"""
+    with _opened(source, name, most_pixels) as image:
         return _to_rgb(_upright(image))
 
 
@@ -105,8 +113,11 @@ def open_opacity(source: str | Path) -> Image.Image:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]:
+def _opened(
+    source: str | Path | bytes, name: str = "", most_pixels: int | None = None
+) -> Iterator[Image.Image]:
     """The decoded picture; what goes wrong with it, also while it is used, is one ValueError."""
+    most_pixels = MAX_PIXELS if most_pixels is None else most_pixels
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
@@ -117,13 +128,16 @@ def _opened(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]
                 raise OSError(errno.EFBIG, large if size else "the file is empty")
             # the formats are listed: others start programs (EPS) or are seldom looked after
             with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > most_pixels:
                     raise Image.DecompressionBombError
                 image.load()
                 yield image
                 return
     except Image.DecompressionBombError:
-        reason = f"it has more than {MAX_PIXELS:,} pixels; make it smaller first"
+        raise TooManyPixels(
+            f"Cannot read {printable(name)}: it has more than {most_pixels:,} pixels; make it "
+            "smaller first."
+        ) from None
     except Image.UnidentifiedImageError:
         reason = "it is not a picture in a known format; convert it to JPEG or PNG"
     except MemoryError:

@@ -24,7 +24,8 @@ from generators.stylegan2 import Generator
 from generators.tensors import read_weights
 
 SAMPLES = 8192  # of z, that the axes are measured with
-DEVIATIONS = 1.5  # see benchmarks/LOG.md, for these two
+DEVIATIONS = math.inf  # limit of styles by default: photos' codes fill the w of the bundled models
+LIMIT = 1.5  # for an encoder whose w+ lie outside; see benchmarks/LOG.md, for these two
 SHARED = 1 / 3  # of a late layer that is the mean over layers; more: cleaner, less like the photo
 
 
@@ -124,7 +125,12 @@ class StyleLimit(nn.Module):
     to one another.
 
     The mean, axes and deviations are those of the generator's mapping network, of z drawn with a
-    fixed seed. ValueError where `deviations` is not a number above 0.
+    fixed seed. An infinite limit leaves ws as they are. ValueError where `deviations` is not a
+    number above 0.
+
+    A call may name another `swap_resolution`. Its `colours`, 0 to 1, move these w on towards the
+    mean: at 1 every drawing has the generator's own colours, at 0 as much of the photo's as the
+    limit leaves.
     """
 
     mean: Tensor
@@ -133,23 +139,36 @@ class StyleLimit(nn.Module):
 
     @torch.no_grad()
     def __init__(
-        self, generator: Generator, swap_resolution: int, deviations: float = DEVIATIONS
+        self, generator: Generator, swap_resolution: int, deviations: float = LIMIT
     ) -> None:
         super().__init__()
-        if not 0 < deviations < math.inf:
+        if not deviations > 0:
             raise ValueError(f"a style limit is a number of deviations above 0, not {deviations}")
         # a block's first w is also that of the toRGB before it; b4 has none before it
-        self.first = max(0, 2 * generator.config.block_resolutions.index(swap_resolution) - 1)
+        resolutions = generator.config.block_resolutions
+        self.first_of = {r: max(0, 2 * block - 1) for block, r in enumerate(resolutions)}
+        self.first = self.first_of[swap_resolution]
+        self.infinite = deviations == math.inf
+        if self.infinite:
+            self.register_buffer("mean", generator.w_avg.clone())  # (D)
+            return
         mean, axes, spread = principal_axes(generator)
         self.register_buffer("mean", mean)  # (D)
         self.register_buffer("axes", axes)  # (D, D), a column each
         self.register_buffer("bound", deviations * spread)  # (D)
 
-    def forward(self, ws: Tensor) -> Tensor:
-        mean, axes, bound = (x.to(ws.dtype) for x in (self.mean, self.axes, self.bound))
-        within = mean + ((ws - mean) @ axes).clamp(-bound, bound) @ axes.T  # (B, L, D)
-        late = within[:, self.first :].lerp(within.mean(dim=1, keepdim=True), SHARED)
-        return torch.cat([ws[:, : self.first], late], dim=1)
+    def forward(
+        self, ws: Tensor, colours: float = 0.0, swap_resolution: int | None = None
+    ) -> Tensor:
+        first = self.first if swap_resolution is None else self.first_of[swap_resolution]
+        mean, late = self.mean.to(ws.dtype), ws[:, first:]
+        if not self.infinite:
+            axes, bound = self.axes.to(ws.dtype), self.bound.to(ws.dtype)
+            within = mean + ((ws - mean) @ axes).clamp(-bound, bound) @ axes.T  # (B, L, D)
+            late = within[:, first:].lerp(within.mean(dim=1, keepdim=True), SHARED)
+        if colours:
+            late = late.lerp(mean.expand_as(late), colours)
+        return torch.cat([ws[:, :first], late], dim=1)
 
 
 # ------------------------------------------------------------------------------- files

@@ -46,10 +46,11 @@ class RunConfig:
     eval_every: int = 1_000  # steps between held-out scores
     save_every: int = 250  # steps between checkpoints
     tracker: Literal["tensorboard", "none"] = "tensorboard"  # beside metrics.jsonl
+    threads: int = 0  # of the CPU, in each process; 0: torch's own choice
 
     def __post_init__(self) -> None:
         every = ("batch_size", "log_every", "sample_every", "eval_every", "save_every")
-        check_numbers(self, {"of 1 or more": every})
+        check_numbers(self, {"of 1 or more": every, "of 0 or more": ("threads",)})
         above = (self.output.absolute(), *self.output.absolute().parents)
         there = next(path for path in above if os.path.lexists(path))
         if not there.is_dir():
@@ -70,7 +71,7 @@ class Training:
     outputs: dict[str, nn.Module]  # written at the end under these names; averages also as best
     changeable: ClassVar[tuple[str, ...]] = (  # fields that a run may go on with changed
         *("output", "log_every", "sample_every", "eval_every", "save_every", "tracker"),
-        "data_licence",
+        *("data_licence", "threads"),
     )
     best_of: ClassVar[str]  # the score whose lowest value is the best
     shown: ClassVar[tuple[str, ...]]  # losses and scores beside the progress bar
@@ -106,7 +107,9 @@ class Training:
 
 
 def make_accelerator(config: RunConfig, cpu: bool = False) -> Accelerator:
-    """cpu: also where there is a GPU."""
+    """cpu: also where there is a GPU. Sets the threads, too."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     return Accelerator(
         cpu=cpu,
         log_with=config.tracker if config.tracker != "none" else None,

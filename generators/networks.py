@@ -121,6 +121,9 @@ class StyleGan2Options(AdversarialOptions):
     path_length_weight: float = 0.0  # 2 in the paper; off with frozen blocks
     style_mixing: float = 0.0  # probability; 0.9 in the paper
     latents: Path | None = None  # file or folder of ws, an encoder's of photos: half of the fakes
+    style_limit: float | None = None  # of these, where translations have one; None: as found
+    palette_weight: float = 0.0  # of the pull of these fakes to their photo's light and colours
+    palette_source: str | None = None  # the generator of these photos, for that
 
     reconstruction_weight: float = 0.0  # > 0: the generator also decodes a variational autoencoder
     warmup_images: int = 20_000  # with reconstruction: pictures before the adversary joins
@@ -140,18 +143,24 @@ class StyleGan2Options(AdversarialOptions):
                 object.__setattr__(self, name, value)
         super().__post_init__()
         lengths = ("freeze_generator_below", "freeze_discriminator_blocks", "warmup_images")
-        weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight")
+        weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight",
+                   "palette_weight")  # fmt: skip
         others = ("adversarial_ramp", "r1_gamma", "path_length_weight", "reconstruction_images")
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
             "of 0 or more": (*lengths, *weights, *others),
-            "above 0": ("warmup_lr",),
+            "above 0": ("warmup_lr", "style_limit"),
             "from 0 to 1": ("style_mixing",),
         }
         check_numbers(self, ranges)
         _ = self.shape  # its own sentences
         if self.reconstruction_weight == self.adversarial_weight == 0:
             raise ValueError("Nothing is learnt; give --adversarial-weight a number above 0.")
+        if self.palette_weight and (self.latents is None or self.palette_source is None):
+            raise ValueError(
+                "--palette-weight needs the photos' latents and the generator that draws them; "
+                "give --latents and --palette-source."
+            )
         if self.freeze_generator_below and self.path_length_weight:
             raise ValueError(
                 "Frozen blocks leave the path length as it is; set --path-length-weight 0."

@@ -271,7 +271,9 @@ def frozen(module: M) -> M:
 
 
 @contextmanager
-def progress(total: int, start: int, enabled: bool, unit: str = "steps") -> Iterator[Any]:
+def progress(
+    total: int | None, start: int, enabled: bool, unit: str = "steps"
+) -> Iterator[Any]:
     """A rich progress bar; yields advance(step, **values): rate, ETA and the newest values."""
     if not enabled:
         yield lambda step, **values: None

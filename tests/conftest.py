@@ -3,6 +3,7 @@
 pytest tests
 """
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,12 @@ def make_generator(seed: int, config: GeneratorConfig = TINY) -> Generator:
         for tensor in generator.state_dict().values():
             tensor.add_(0.1 * torch.randn_like(tensor))
     return generator.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Exported graphs are not put into the user's cache; nor are they made anew in each test."""
+    os.environ["GAN_INVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

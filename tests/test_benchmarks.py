@@ -4,6 +4,7 @@ pytest tests/test_benchmarks.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def config(networks, monkeypatch) -> latency.Config:
     values: dict[str, Any] = dict(zip(names, networks[1::2], strict=True))
     values["pictures"] = Path(values["pictures"])
     return latency.Config(threads=1, repeats=2, channel_base=128, channel_max=8, **values)
+
+
+def test_backends_take_turns(config, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
+    monkeypatch.setenv("GAN_INVERT_CACHE", str(tmp_path))
+    asked = replace(config, backends=("torch", "onnxruntime"), busy=1)
+    for stage in ("align", "both"):
+        rows = latency.rows_of_backends(asked, stage, 16, 2)
+        assert [row["variant"] for row in rows] == ["torch", "onnxruntime"]
+        for row in rows:
+            assert row["stage"] == stage and row["busy"] == row["threads"] == 1
+            assert 0 < row["cpu_ms"] and 0 < row["p50_ms"] <= row["p95_ms"]
 
 
 def test_other_resolutions_have_random_weights(config):

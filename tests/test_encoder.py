@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from encoder.model import Encoder, EncoderConfig
+from encoder.model import Encoder, EncoderConfig, cosines
 from generators import checkpoint
 from generators.checkpoint import load, save
 from generators.stylegan2 import Generator
@@ -120,6 +120,42 @@ def test_a_shared_w_is_the_same_in_all_layers_and_each_adds_its_own(tmp_path) ->
     again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
     with torch.no_grad():
         assert torch.equal(again(images), encoder(images))
+
+
+def test_the_dense_branch_adds_one_w_that_knows_each_pixel(tmp_path) -> None:
+    encoder, plain = tiny(dense=4).eval(), tiny().eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("dense.")}
+        plain.load_state_dict(state)
+        assert torch.equal(encoder(images), plain(images))  # it begins with nothing to add
+        encoder.dense.pixels.weight.normal_()
+        added = encoder(images) - plain(images)
+        torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-4, rtol=1e-4)
+        low = cosines(24, 64)
+        a, b = low.T @ torch.randn(3, 24, 24) @ low, low.T @ torch.randn(3, 24, 24) @ low
+        of = [encoder.dense.pixels(0.1 * ((low @ x @ low.T) * encoder.dense.scale).flatten())
+              for x in (a, b, a + b, 0 * a)]  # fmt: skip
+        torch.testing.assert_close(of[2] + of[3], of[0] + of[1], atol=1e-3, rtol=1e-3)
+        encoder.dense.places.weight.normal_()
+        checkpoint.save(tmp_path / "e.safetensors", encoder)
+        again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
+        assert torch.equal(again(images), encoder(images))
+
+
+def test_cosines_are_an_orthonormal_basis() -> None:
+    rows = cosines(16, 16)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("resolution", [32, 64, 96])
+def test_the_dense_branch_learns_with_any_backbone(backbone: str, resolution: int) -> None:
+    encoder = tiny(backbone, resolution=resolution, dense=4, shared=True)
+    for layer in (encoder.dense.pixels, encoder.dense.places):
+        torch.nn.init.normal_(layer.weight)
+    encoder(torch.randn(2, 3, resolution, resolution)).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
 def test_an_input_size_is_what_a_larger_encoder_sees(tmp_path) -> None:

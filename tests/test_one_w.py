@@ -13,20 +13,28 @@ from pictures import photo
 from encoder.model import Encoder, EncoderConfig
 from encoder.one_w import OneWConfig, run
 from generators import checkpoint
+from generators.blocks import SwappedSynthesis
 from generators.data import first_pictures, open_dataset
 from generators.stylegan2 import Generator
 
 
-@pytest.fixture
-def pair(tmp_path: Path, face: Generator, anime: Generator) -> Path:
+@pytest.fixture(params=[0, 4], ids=["attention", "dense"])
+def pair(
+    tmp_path: Path, face: Generator, anime: Generator, request: pytest.FixtureRequest
+) -> Path:
     """A folder with three photos, whose w+ and mirrored ones do not fill a w of 8 dimensions."""
     for i in range(3):
         photo(i).save(tmp_path / f"{i}.png")
     torch.manual_seed(5)
-    sizes = {"resolution": 16, "num_ws": face.num_ws, "w_dim": face.w_dim, "width": 16, "heads": 2}
+    sizes = {"resolution": 16, "num_ws": face.num_ws, "w_dim": face.w_dim, "width": 16, "heads": 2,
+             "dense": request.param}  # fmt: skip
     encoder = Encoder(EncoderConfig("mobilenetv3_small_050", depth=1, **sizes)).eval()
     with torch.no_grad():
         encoder.to_offsets.mul_(20)
+        if request.param:
+            encoder.dense.pixels.weight.normal_()
+            encoder.dense.pixels.bias.normal_()
+            encoder.dense.places.weight.normal_()
         encoder.w_avg.copy_(face.w_avg)
     for name, network in (("e", encoder), ("face", face), ("anime", anime)):
         checkpoint.save(tmp_path / f"{name}.safetensors", network)
@@ -35,7 +43,8 @@ def pair(tmp_path: Path, face: Generator, anime: Generator) -> Path:
 
 def moved(pair: Path, **changes) -> OneWConfig:
     files = (str(pair / "e.safetensors"), str(pair / "face.safetensors"))
-    given = {"data": str(pair), "also": (str(pair / "anime.safetensors"),), "fit_steps": 200}
+    given = {"data": str(pair), "also": (str(pair / "anime.safetensors"),), "fit_steps": 60,
+             "style_limit": None}  # fmt: skip
     return OneWConfig(*files, pair / "out", **(given | changes))
 
 
@@ -55,6 +64,22 @@ def test_pictures_stay_and_all_layers_have_one_w(pair: Path) -> None:
             torch.testing.assert_close(
                 b.synthesis(after), a.synthesis(before), atol=2e-3, rtol=1e-3
             )
+
+
+def test_late_blocks_of_a_fine_tune_get_limited_codes(pair: Path) -> None:
+    run(moved(pair, style_limit=0.5, swap_resolution=8))
+    photos = first_pictures(open_dataset(pair, 16), 3)
+    face, anime = (checkpoint.load(pair / f"{x}.safetensors", Generator) for x in ("face", "anime"))
+    moved_face, moved_anime = (
+        checkpoint.load(pair / f"out/{x}.safetensors", Generator) for x in ("generator", "anime")
+    )
+    with torch.no_grad():
+        before = checkpoint.load(pair / "e.safetensors", Encoder)(photos)
+        after = checkpoint.load(pair / "out/encoder.safetensors", Encoder)(photos)
+        wanted = SwappedSynthesis(face, anime, 8, 0.5)(before)
+        unlimited = SwappedSynthesis(face, anime, 8)(before)
+        made = SwappedSynthesis(moved_face, moved_anime, 8)(after)
+    assert (made - wanted).abs().mean() < 0.5 * (unlimited - wanted).abs().mean()
 
 
 def test_w_of_random_z_is_spread_like_that_of_photos(pair: Path) -> None:
@@ -92,3 +117,11 @@ def test_files_that_exist_are_not_replaced_unasked(
         run(moved(pair))
     assert (pair / "out" / "generator.safetensors").read_text() == "mine"
     assert not (pair / "out" / "encoder.safetensors").exists()
+
+
+def test_two_files_of_one_name_are_refused(pair: Path) -> None:
+    (pair / "sub").mkdir()
+    other = pair / "sub" / "generator.safetensors"
+    other.write_bytes((pair / "anime.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="a name of its own"):
+        run(moved(pair, also=(str(other),)))

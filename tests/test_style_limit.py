@@ -70,7 +70,17 @@ def test_half_precision_is_close(face, dtype):
     torch.testing.assert_close(made.float(), StyleLimit(face, 8)(ws), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("deviations", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("deviations", [0.0, -1.0, math.nan])
 def test_a_limit_that_leaves_nothing_is_refused(face, deviations):
     with pytest.raises(ValueError, match="above 0"):
         StyleLimit(face, 8, deviations)
+
+
+@pytest.mark.parametrize("colours", [0.0, 0.5, 1.0])
+def test_an_infinite_limit_leaves_all_but_the_colours(face, colours):
+    ws = 3 * torch.randn(5, 6, 8)
+    made = StyleLimit(face, 8, math.inf)(ws, colours)
+    first = 1
+    assert torch.equal(made[:, :first], ws[:, :first])
+    expected = ws[:, first:].lerp(face.w_avg.expand(5, 5, 8), colours)
+    torch.testing.assert_close(made[:, first:], expected)

@@ -192,6 +192,18 @@ def test_a_joint_step_changes_both_networks_and_their_discriminators(
     assert learnt and all(name.startswith("heads.") for name in learnt)
 
 
+def test_frozen_blocks_of_a_joint_training_stay(world: Path, tmp_path: Path) -> None:
+    learning = JointOptions(generator_lr=1e-3, freeze_generator_below=16)
+    values = joint(world, tmp_path / "run", steps=1, save_every=1, joint=learning)
+    train(EncoderTrainConfig(**values), cpu=True)
+    before = checkpoint.load(world / "face.safetensors", Generator)
+    after = checkpoint.load(tmp_path / "run" / "generator.safetensors", Generator)
+    assert torch.equal(before.w_avg, after.w_avg)
+    for name, weight in before.named_parameters():
+        frozen = "synthesis.b16" not in name and "synthesis.b32" not in name
+        assert torch.equal(weight, after.get_parameter(name)) == frozen, name
+
+
 def test_a_joint_training_goes_on_as_if_never_interrupted(world: Path, tmp_path: Path) -> None:
     for run, stops in (("whole", [4]), ("broken", [2, 4])):
         for steps in stops:
@@ -281,6 +293,16 @@ def test_a_training_begins_with_the_weights_of_another(world: Path, tmp_path: Pa
             for run in ("first", "second"))  # fmt: skip
     for name, value in a.state_dict().items():
         torch.testing.assert_close(value, b.state_dict()[name], atol=1e-6, rtol=1e-4)
+    values = options(world, tmp_path / "dense", init=str(first), dense=4, steps=1, warmup=10**9)
+    train(EncoderTrainConfig(**values), cpu=True)
+    dense = checkpoint.load(tmp_path / "dense" / "encoder.safetensors", Encoder).state_dict()
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(value, dense[name], atol=1e-6, rtol=1e-4)
+    values["init"] = str(tmp_path / "dense" / "encoder.safetensors")
+    values |= {"output": tmp_path / "again", "dense": 0}  # as it was
+    train(EncoderTrainConfig(**values), cpu=True)
+    again = checkpoint.load(tmp_path / "again" / "encoder.safetensors", Encoder)
+    assert again.config.dense == 4
     values = options(world, tmp_path / "third", init=str(first), width=24)
     with pytest.raises(ValueError, match="another --backbone, --width or --depth"):
         train(EncoderTrainConfig(**values), cpu=True)

@@ -23,6 +23,7 @@ from generators.discriminator import Discriminator
 from generators.gan import StyleGan2Training
 from generators.latents import StyleLimit
 from generators.networks import DcganOptions, StyleGan2Options, SuperresOptions, build
+from generators.palette import Palette
 from generators.projected import ProjectedDiscriminator
 from generators.runs import read_checkpoint
 from generators.steps import SuperresTraining
@@ -281,6 +282,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(config, tmp_path):
     ("changes", "sentence"),
     [
         ({"freeze_generator_below": 8, "path_length_weight": 2}, "--path-length-weight 0"),
+        ({"palette_weight": 1.0}, "--latents and --palette-source"),
         (
             {"discriminator": "projected", "freeze_discriminator_blocks": 1},
             "needs --discriminator residual",
@@ -314,12 +316,44 @@ def test_given_latents_of_a_fine_tune_are_limited_as_a_translation_limits_them(c
     ws = 30 * torch.randn(3, 6, 8)
     save_file({"ws": ws}, tmp_path / "ws.safetensors")
     tuned = replace(
-        config, init=str(source), latents=tmp_path / "ws.safetensors", freeze_generator_below=8
-    )
+        config, init=str(source), latents=tmp_path / "ws.safetensors", freeze_generator_below=8,
+        style_limit=1.5,
+    )  # fmt: skip
     training = StyleGan2Training(tuned, Accelerator(cpu=True))
     limited = StyleLimit(load(source, Generator), 8)(ws)
     torch.testing.assert_close(training.latents, limited)
     assert (limited - ws).abs().max() > 1
+    training = StyleGan2Training(replace(tuned, style_limit=None), Accelerator(cpu=True))
+    assert torch.equal(training.latents, ws)
+
+
+def test_a_palette_asks_for_the_photos_colours_but_in_the_face():
+    torch.manual_seed(0)
+    light = torch.linspace(-0.5, 0.5, 6)[:, None, None, None]
+    photos = light + 0.1 * torch.randn(6, 3, 16, 16)
+    drawings = 0.5 - light + 0.1 * torch.randn(6, 3, 16, 16)  # lighter ones altogether
+    palette = Palette(lambda ws: photos, torch.zeros(6, 1, 1), drawings)
+    chosen = torch.arange(6)
+    assert palette(drawings.flip(0), chosen).max() < 0.5 * palette(drawings, chosen).min()
+    face = drawings.flip(0).clone()
+    face[:, :, 6:14, 4:12] = 9.0
+    assert torch.equal(palette(face, chosen), palette(drawings.flip(0), chosen))
+    face[:, :, 0, 0] = 9.0
+    assert (palette(face, chosen) > palette(drawings.flip(0), chosen)).all()
+
+
+def test_a_fine_tune_follows_the_palette(config, tmp_path):
+    train.train(replace(config, images=4), cpu=True)
+    source = str(config.output / "generator.safetensors")
+    save_file({"ws": torch.randn(8, 6, 8)}, tmp_path / "ws.safetensors")
+    pulled = replace(
+        config, output=tmp_path / "pulled", init=source, freeze_generator_below=8, images=160,
+        latents=tmp_path / "ws.safetensors", palette_weight=10.0, palette_source=source,
+        reconstruction_weight=0, adversarial_weight=1e-6, generator_lr=1e-2,
+    )  # fmt: skip
+    train.train(pulled, cpu=True)
+    lines = [line["palette"] for line in metrics(pulled.output)]
+    assert sum(lines[-8:]) < 0.8 * sum(lines[:8])
 
 
 def spy(forward, seen):
