@@ -1,6 +1,9 @@
-"""The README's picture: every face of a folder, its reconstruction, and n = 1 … 4 swapped blocks.
+"""The README's pictures: every face of a folder, its reconstruction, and n = 1 … 4 swapped blocks;
+or its drawings in several styles.
 
 python benchmarks/examples_sheet.py examples/ benchmarks/results/examples.png
+python benchmarks/examples_sheet.py examples/ benchmarks/results/styles.jpg \\
+    --styles anime,sketch,paint --size 192
 """
 
 import sys
@@ -12,45 +15,41 @@ from pathlib import Path
 import torch
 import tyro
 
-from encoder.align import Aligner
 from encoder.pipeline import Translator
-from generators.checkpoint import load, resolve
+from generators.blocks import RECONSTRUCTION
 from generators.command import command
 from generators.disk import may_write, write_atomically
 from generators.images import find_images, grid, labelled, open_image, resize
-from generators.stylegan2 import Generator
-from generators.superres import SuperResolution
-
-SIDE = 128  # of a face in the picture, in pixels
 
 
 @dataclass(frozen=True)
 class Config:
     source: tyro.conf.Positional[Path]  # folder of photos
-    target: tyro.conf.Positional[Path]  # .png
+    target: tyro.conf.Positional[Path]  # .png, or .jpg for many faces
+    styles: str | None = None  # as of infer.py; None: blocks swapped one by one
+    size: int = 128  # of a face in the picture, in pixels
     overwrite: bool = False  # replace the target
 
 
 def run(config: Config) -> None:
     may_write(config.target, config.overwrite)
-    aligner, superres = Aligner(), load(resolve("superres64"), SuperResolution)
-    resolutions = load(resolve("face64"), Generator).config.block_resolutions[:0:-1]
-    translators = [
-        Translator.load("face64", "anime64", "encoder64", swap_resolution=r, aligner=aligner,
-                        superres=superres) for r in resolutions
-    ]  # fmt: skip
-    first = translators[0]
+    translator = Translator.bundled(styles=config.styles or "anime", backend="torch")
     photos = [open_image(file) for file, _ in find_images(config.source)]
-    crops = [first.crop(photo, face) for photo in photos for face in first.faces(photo)]
-    results = [translator(crops, reconstruction=True) for translator in translators]
-    reconstruction = results[0].reconstruction
-    assert reconstruction is not None
-    made = [reconstruction, *(result.anime for result in results)]
-    columns = [resize(results[0].aligned, SIDE), *(first.enlarge(x, SIDE) for x in made)]
-    labels = ["input", "reconstruction", *(f"n = {i + 1}" for i in range(len(results)))]
+    crops = [translator.crop(photo, face) for photo in photos for face in translator.faces(photo)]
+    result = translator(crops, reconstruction=True)
+    made = {"input": result.aligned}
+    if config.styles:
+        made |= result.drawings
+    else:
+        made[RECONSTRUCTION] = result.reconstruction
+        for n, r in enumerate(translator.synthesis.resolutions[:0:-1], 1):
+            made[f"n = {n}"] = translator.synthesise(result.ws, swap_resolution=r)[0]
+    columns = [resize(made.pop("input"), config.size).clamp(-1, 1)]
+    columns += [translator.enlarge(pictures, config.size) for pictures in made.values()]
     sheet = grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
-    picture = labelled(sheet, labels)
-    write_atomically(config.target, partial(picture.save, format="PNG"))
+    picture = labelled(sheet, ["input", *made])
+    kind = "JPEG" if config.target.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    write_atomically(config.target, partial(picture.save, format=kind, quality=85))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

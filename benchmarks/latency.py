@@ -3,6 +3,7 @@
     python benchmarks/latency.py --threads 1 --output benchmarks/results/latency_cpu.json
     python benchmarks/latency.py --device cuda --dtype fp16 --resolutions 64 256
     python benchmarks/latency.py --backends torch onnxruntime openvino --variants --busy 2
+    python benchmarks/latency.py --styles 3 --variants --backends torch onnxruntime --stages
     python benchmarks/latency.py --quick                                  # under a minute
 
 Stages: *align* (MTCNN and the FFHQ crop, one picture a call), *encode*, *face* and *anime* (one
@@ -19,18 +20,23 @@ Backends (`encoder.engines`) of a stage run in turn in one process, so that what
 machine does hits all of them; CPU time is given too, of all threads. `--busy 2` starts two
 processes that do nothing but take processor time, as the other programs of a laptop do.
 
+`--styles 3` compares drawing in 1, 2, 3 styles from one pass of the early blocks (*styles*) with as
+many syntheses one after the other (*passes*), in turn; speed does not depend on a style's weights.
+
 At the resolution of the face generator its trained networks are used, at others random ones of the
 same family: speed does not depend on the weights. Each row is measured in a process of its own.
 Ends with one JSON line. Shape letters: B batch, L layers of w+, D dimension of w, R resolution.
 """
 
+import copy
 import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +66,7 @@ from generators.checkpoint import load, resolve
 from generators.command import console
 from generators.images import find_images, open_image
 from generators.stylegan2 import Generator
+from generators.tails import load_style
 from generators.threads import use_threads
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -79,6 +86,7 @@ class Config(Benchmark):
     variants: tuple[Variant, ...] = ("contiguous", "channels_last", "compiled")
     backends: tuple[Backend, ...] = ()  # rows by backend, in fp32 on a CPU
     stages: tuple[str, ...] = OF_BACKENDS  # of the backends
+    styles: int = 0  # from one pass: rows of 1, 2, … of them, by backend (without any: torch)
     busy: int = 0  # processes beside, that take processor time
     device: str = "cpu"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # alignment stays fp32
@@ -93,6 +101,8 @@ class Config(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.styles < 0:
+            raise ValueError("styles must be 0 or more")
         if min(self.batch_sizes) < 1:
             raise ValueError("batch sizes must be at least 1")
         if min(self.resolutions) < 16:
@@ -139,7 +149,7 @@ def load_networks(config: Config, resolution: int) -> tuple[Generator, Generator
     face: Generator = load(resolve(config.face_generator), Generator)
     encoder: Encoder = load(resolve(config.encoder), Encoder)
     if resolution == face.resolution:
-        return face, load(resolve(config.anime_generator), Generator), encoder, "trained"
+        return face, load_style(config.anime_generator, face), encoder, "trained"
     torch.manual_seed(0)
     shape = resized(face.config, resolution, config.channel_base, config.channel_max)
     face, anime = Generator(shape), Generator(shape)
@@ -183,16 +193,27 @@ def picture_work(
     return call
 
 
+def compile_stage(translator: Translator, stage: str) -> None:
+    """In place, what a stage calls."""
+    if stage in ("encode", "end to end"):
+        translator.encoder.compile(fullgraph=True)
+    if stage == "face":
+        translator.synthesis.face.compile(fullgraph=True)
+    elif stage != "encode":
+        translator.draw = torch.compile(translator.draw, fullgraph=True)
+
+
 def compile_and_compare(
-    modules: Sequence[torch.nn.Module], work: Callable[[int], Sequence[torch.Tensor]], most: float
+    compiling: Callable[[], None],
+    work: Callable[[int], Sequence[torch.Tensor]],
+    most: float,
 ) -> float:
     """Compiles in place; the largest difference of the second call to eager's.
 
     Raises RuntimeError, with the reason, if nothing compiles or the difference is above `most`.
     """
     expected = [x.clone() for x in work(0)]
-    for module in modules:
-        module.compile(fullgraph=True)
+    compiling()
     try:
         work(0)
         second = work(0)
@@ -233,12 +254,8 @@ def measure(config: Config, job: Job) -> dict[str, Any]:
         else:
             work = network_work(translator, job)
         if job.variant == "compiled":
-            modules = {
-                "encode": [translator.encoder],
-                "face": [translator.synthesis.face],
-                "end to end": [translator.encoder, translator.synthesis],
-            }.get(job.stage, [translator.synthesis])
-            figures["difference"] = compile_and_compare(modules, work, TOLERANCE[config.dtype])
+            whole = partial(compile_stage, translator, job.stage)
+            figures["difference"] = compile_and_compare(whole, work, TOLERANCE[config.dtype])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     turn = itertools.count()
@@ -263,21 +280,57 @@ def measure_backends(config: Config, stage: str, resolution: int, batch: int) ->
             face, anime, encoder, backend=backend, threads=threads, export=looks
         )
         works[backend] = backend_work(config, translator, aligner, stage, batch)
-    samples: dict[str, list[tuple[float, float]]] = {backend: [] for backend in works}
-    for i in range(-1, config.repeats):
-        for backend, work in works.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            work(max(i, 0))
-            if i >= 0:  # the first is the warm-up
-                taken = time.perf_counter() - wall, time.process_time() - cpu
-                samples[backend].append(taken)
     rows = []
-    for backend, taken in samples.items():
+    for backend, figures in in_turn(works, config.repeats).items():
         asked = {"stage": stage, "resolution": resolution, "batch_size": batch, "variant": backend}
-        figures: dict[str, Any] = percentiles([wall for wall, _ in taken])
-        figures["cpu_ms"] = percentiles([cpu for _, cpu in taken])["p50_ms"]
         figures["images_per_second"] = round(1000 * batch / figures["p50_ms"], 2)
         rows.append(asked | {"weights": weights, "threads": threads, "busy": config.busy} | figures)
+    return rows
+
+
+def in_turn(works: Mapping[Any, Callable[[int], Any]], repeats: int) -> dict[Any, dict[str, Any]]:
+    """The figures of each, the i-th call of all before the next one of any, after a warm-up."""
+    samples: dict[Any, list[tuple[float, float]]] = {name: [] for name in works}
+    for i in range(-1, repeats):
+        for name, work in works.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            work(max(i, 0))
+            if i >= 0:
+                taken = time.perf_counter() - wall, time.process_time() - cpu
+                samples[name].append(taken)
+    return {
+        name: percentiles([wall for wall, _ in taken])
+        | {"cpu_ms": percentiles([cpu for _, cpu in taken])["p50_ms"]}
+        for name, taken in samples.items()
+    }
+
+
+def measure_styles(config: Config, backend: Backend, resolution: int, batch: int) -> list[dict]:
+    """Rows of 1, 2, … styles from one pass, and of as many passes, all in turn."""
+    threads = use_threads(config.threads, batch * resolution**2)
+    face, anime, encoder, weights = load_networks(config, resolution)
+    names = [f"style{i}" for i in range(config.styles)]
+    tunes = {name: copy.deepcopy(anime) for name in names}
+    translator = Translator(face, tunes, encoder, backend=backend, threads=threads, export=False)
+    rng = torch.Generator().manual_seed(0)
+    ws = face.w_avg + 0.5 * torch.randn(batch, face.num_ws, face.w_dim, generator=rng)
+
+    def passes(styles: list[str]) -> None:
+        for name in styles:
+            translator.drawings(ws, [name])
+
+    works: dict[Any, Callable[[int], Any]] = {}
+    for count in range(1, config.styles + 1):
+        works["styles", count] = lambda _, few=names[:count]: translator.drawings(ws, few)
+        works["passes", count] = lambda _, few=names[:count]: passes(few)
+    rows = []
+    found = in_turn(works, config.repeats)
+    for (kind, count), figures in found.items():
+        asked = {"stage": f"{count} {kind}", "resolution": resolution, "batch_size": batch}
+        figures["images_per_second"] = round(1000 * batch * count / figures["p50_ms"], 2)
+        figures["of_passes"] = round(figures["p50_ms"] / found["passes", count]["p50_ms"], 3)
+        about = {"variant": backend, "weights": weights, "threads": threads, "busy": config.busy}
+        rows.append(asked | about | figures)
     return rows
 
 
@@ -331,9 +384,12 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     table = speed_table("stage", "R", "B", "variant", "CPU ms", "weights")
     if compared := any("difference" in row for row in rows):
         table.add_column("off eager", justify="right")
+    if passes := any("of_passes" in row for row in rows):
+        table.add_column("of passes", justify="right")
     for row in rows:
         asked = [str(row[key]) for key in ("stage", "resolution", "batch_size", "variant")]
         off = [f"{row['difference']:.0e}" if "difference" in row else ""] * compared
+        off += [f"{row['of_passes']:.2f}" if "of_passes" in row else ""] * passes
         weights = row.get("weights", "").removesuffix(" weights")
         asked.append(f"{row['cpu_ms']:.1f}" if "cpu_ms" in row else "")
         table.add_row(
@@ -354,6 +410,12 @@ def run(config: Config) -> dict[str, Any]:
         kinds = itertools.product(config.stages, config.resolutions, config.batch_sizes)
         for kind in track(list(kinds), "backends", console=console):
             rows += rows_of_backends(config, *kind)
+    if config.styles:
+        backends = config.backends or ("torch",)
+        for kind in itertools.product(backends, config.resolutions, config.batch_sizes):
+            with busy(config.busy):
+                [made] = in_processes(measure_styles, config, *kind)
+            rows += made
     show_rows(rows)
     memory = f"{MEMORY}; compiled rows hold the compiler too"
     report: dict[str, Any] = {"device": config.device, "dtype": config.dtype}

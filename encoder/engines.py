@@ -2,7 +2,7 @@
 
     backend = choose("auto", device)                        # "torch", "onnxruntime" or "openvino"
     encoder = encoder_of(encoder, backend, threads=1)       # encoder(images) -> ws
-    synthesis = synthesis_of(synthesis, backend, threads=1)     # as SwappedSynthesis is called
+    synthesis = synthesis_of(synthesis, backend, threads=1)     # synthesis.draw(ws) -> {style: …}
     use_in(aligner.mtcnn, backend, threads=1)               # its three networks replaced
 
 Graphs are written once and kept in the user's cache folder, under a hash of the weights and of the
@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,10 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from generators.blocks import SwappedSynthesis
+from encoder.options import Drawing
+from generators.blocks import RECONSTRUCTION, SwappedSynthesis
+from generators.checkpoint import read_metadata, resolve
 from generators.command import console
 from generators.disk import write_atomically
-from generators.stylegan2 import NoiseMode
+from generators.threads import use_threads
 
 Backend = Literal["torch", "onnxruntime", "openvino"]
 BACKENDS = ("torch", "onnxruntime", "openvino")
@@ -75,6 +77,23 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype = torch.float32)
             " or take --backend torch."
         )
     return asked  # type: ignore[return-value]
+
+
+def engine_of(
+    config: Drawing,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+    few: bool = False,
+) -> dict[str, Any]:
+    """The translator's options backend, threads, export; sets torch's threads.
+
+    few: an encoder that was not exported before is left to torch, unless --backend says more.
+    """
+    side = read_metadata(resolve(config.face_generator))["config"]["resolution"]
+    threads = use_threads(config.threads, pixels=batch_size * side**2)
+    backend = choose(config.backend, device, dtype)
+    return {"backend": backend, "threads": threads, "export": config.backend != "auto" or not few}
 
 
 # --------------------------------------------------------------------------------- running
@@ -216,43 +235,56 @@ def encoder_of(
 
 
 class Synthesis:
-    """Called as `SwappedSynthesis` is, with constant noise; there is a graph for each kind of call,
-    made when the first one comes."""
+    """Draws as `SwappedSynthesis` does, with constant noise. There is a graph for each kind of
+    call, made when the first one comes."""
 
     def __init__(self, network: SwappedSynthesis, backend: str, threads: int) -> None:
         self.network, self.backend, self.threads = network, backend, threads
         self.key = key_of(network, network.resolutions)
-        self.runs: dict[tuple[int, bool], Run] = {}
+        self.runs: dict[tuple[Any, ...], Run] = {}
 
-    def __call__(
+    def draw(
         self,
         ws: Tensor,
-        noise_mode: NoiseMode = "const",
-        both: bool = False,
+        styles: Sequence[str] | None = None,  # None: all
+        reconstruction: bool = False,
+        *,
         colours: float = 0.0,
         swap_resolution: int | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """ws (B, L, D) -> anime (B, 3, R, R), or with `both` (reconstruction, anime)."""
-        assert noise_mode == "const"
+        drawing_ws: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """ws (B, L, D) -> {style: (B, 3, R, R)} and, if asked for, "reconstruction"."""
         swap = self.network.swap_resolution if swap_resolution is None else swap_resolution
-        if (swap, both) not in self.runs:
-            self.runs[swap, both] = self._run_of(swap, both)
-        made = self.runs[swap, both](ws, torch.tensor(float(colours)))
-        return (made[1], made[0]) if both else made[0]
+        names = self.network.styles if styles is None else tuple(styles)
+        call = (swap, names, reconstruction, drawing_ws is not None)
+        if call not in self.runs:
+            self.runs[call] = self._run_of(*call)
+        more = [] if drawing_ws is None else [drawing_ws]
+        made = self.runs[call](ws, torch.tensor(float(colours)), *more)
+        return dict(zip((*names, RECONSTRUCTION)[: len(made)], made, strict=True))
 
-    def _run_of(self, swap: int, both: bool) -> Run:
+    def _run_of(self, swap: int, styles: tuple[str, ...], both: bool, drawing_ws: bool) -> Run:
         def build() -> Any:
             from encoder.graphs import synthesis_model
 
             return synthesis_model(
-                self.network, both=both, swap_resolution=swap, colours=True
+                self.network,
+                both=both,
+                swap_resolution=swap,
+                colours=True,
+                styles=styles,
+                drawing_ws=drawing_ws,
             )
 
-        name = f"synthesis-{swap}-{'both' if both else 'anime'}"
+        numbers = "-".join(str(self.network.styles.index(name)) for name in styles)
+        parts = ["synthesis", swap, numbers] + ["both"] * both + ["reference"] * drawing_ws
+        name = "-".join(map(str, parts))
         return ready(name, self.key, build, self.backend, self.threads)
 
 
-def synthesis_of(network: SwappedSynthesis, backend: str, threads: int) -> Callable[..., Any]:
+def synthesis_of(
+    network: SwappedSynthesis, backend: str, threads: int
+) -> SwappedSynthesis | Synthesis:
     return network if backend == "torch" else Synthesis(network, backend, threads)
 
 

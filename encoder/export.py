@@ -6,11 +6,12 @@
         --anime-generator anime.safetensors --encoder encoder.safetensors
 
     encoder.onnx        images (B, 3, S, S), aligned crops in [-1, 1] -> ws (B, L, D)
-    synthesis.onnx      ws -> anime, reconstruction, both (B, 3, R, R) in [-1, 1]
-    translator.onnx     images -> anime
+    synthesis.onnx      ws -> anime, …, reconstruction, each (B, 3, R, R) in [-1, 1]
+    translator.onnx     images -> anime, …
     pnet.onnx rnet.onnx onet.onnx     MTCNN's: pictures (N, 3, H, W), (pixels - 127.5) / 128 ->
                         edges, points (O-Net's only), probabilities
 
+With --styles anime,sketch,paint there is a drawing of each, all of one pass of the early blocks.
 Any batch size; noise is constant. The metadata of a file hold the networks' configs, their origin
 and their licence. Each file is run by ONNX Runtime when it is written, and compared with torch; one
 that differs is taken away again.
@@ -33,6 +34,7 @@ from torch import Tensor
 from encoder.align import Aligner
 from encoder.graphs import Dtype, encoder_model, mtcnn_model, synthesis_model, translator_model
 from encoder.model import Encoder
+from encoder.options import styles_of
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, read_metadata, resolve
 from generators.command import command, console, printable
@@ -41,6 +43,7 @@ from generators.graphs import halve_weights
 from generators.images import find_images, fit, open_image, resize, to_float
 from generators.latents import DEVIATIONS
 from generators.stylegan2 import Generator
+from generators.tails import load_styles
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TOLERANCE = 1e-4  # of the value range, in fp32
@@ -120,7 +123,7 @@ def write_model(
 def export_networks(
     folder: Path,
     face: Generator,
-    anime: Generator,
+    anime: Generator | Mapping[str, Generator],  # a fine-tune of `face`, or several by style
     encoder: Encoder,
     swap_resolution: int = 16,
     dtype: Dtype = "fp32",
@@ -134,22 +137,22 @@ def export_networks(
     compared with torch. ValueError for one that differs; it is not kept."""
     for name in FILES:
         may_write(folder / name, overwrite)
-    for net in (face, anime, encoder):
+    styles = {"anime": anime} if isinstance(anime, Generator) else anime
+    for net in (face, encoder, *styles.values()):
         net.cpu().float().eval()
-    network = SwappedSynthesis(face, anime, swap_resolution, style_limit).requires_grad_(False)
-    metadata = described(face, anime, encoder, network, origin or {}) | {"dtype": dtype}
+    network = SwappedSynthesis(face, styles, swap_resolution, style_limit).requires_grad_(False)
+    metadata = described(face, encoder, network, origin or {}) | {"dtype": dtype}
     side = encoder.config.resolution
     images = faces_of(face) if crops is None else crops
     images = resize(images.repeat(COMPARED, 1, 1, 1)[:COMPARED], side)
     with torch.no_grad():
         ws = encoder(images)
 
-    def drawn(ws: Tensor) -> tuple[Tensor, Tensor]:
-        reconstruction, anime = network(ws, both=True)
-        return anime.clamp(-1, 1), reconstruction.clamp(-1, 1)
+    def drawn(ws: Tensor, reconstruction: bool = True) -> tuple[Tensor, ...]:
+        return tuple(x.clamp(-1, 1) for x in network.draw(ws, None, reconstruction).values())
 
-    def translated(images: Tensor) -> Tensor:
-        return network(encoder(images)).clamp(-1, 1)
+    def translated(images: Tensor) -> tuple[Tensor, ...]:
+        return drawn(encoder(images), False)
 
     looking = encoder_model(encoder, dtype, metadata | {"network": "encoder"})
     drawing = synthesis_model(network, dtype, metadata | {"network": "synthesis"})
@@ -186,7 +189,6 @@ def export_mtcnn(folder: Path, dtype: Dtype = "fp32") -> list[Compared]:
 
 def described(
     face: Generator,
-    anime: Generator,
     encoder: Encoder,
     network: SwappedSynthesis,
     origin: Mapping[str, Mapping[str, str]],
@@ -198,6 +200,7 @@ def described(
         "generator": asdict(face.config),
         "encoder": asdict(encoder.config),
         "swap_resolution": network.swap_resolution,
+        "styles": list(network.styles),
         "provenance": {name: dict(source) for name, source in origin.items()},
         "licence": "; ".join(f"{k}: {v}" for k, v in licences.items()) or "not stated",
     }
@@ -217,7 +220,8 @@ def faces_of(face: Generator) -> Tensor:
 class ExportConfig:
     output: Path  # folder, made if need be
     face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator
+    anime_generator: str = "anime64"  # a fine-tune of the face generator: the style "anime"
+    styles: str = "anime"  # comma list of anime, sketch, paint, and NAME=FILE: a drawing of each
     encoder: str = "encoder64"  # trained for the face generator
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     style_limit: float = DEVIATIONS  # of the drawing's blocks, as of infer.py
@@ -243,17 +247,16 @@ def crops_of(pictures: str | None, side: int) -> Tensor | None:
 
 
 def run(config: ExportConfig) -> None:
-    names = {"face": config.face_generator, "anime": config.anime_generator,
-             "encoder": config.encoder}  # fmt: skip
+    styles = styles_of(config.styles, config.anime_generator)
+    names = {"face": config.face_generator, "encoder": config.encoder} | styles
     paths = {role: resolve(name) for role, name in names.items()}
     for name in FILES:
         may_write(config.output / name, config.overwrite, paths.values())
-    face, anime = (load(paths[role], Generator) for role in ("face", "anime"))
-    encoder = load(paths["encoder"], Encoder)
+    face, encoder = load(paths["face"], Generator), load(paths["encoder"], Encoder)
     compared = export_networks(
         config.output,
         face,
-        anime,
+        load_styles(styles, face),
         encoder,
         config.swap_resolution,
         config.dtype,

@@ -37,6 +37,7 @@ from PIL import Image
 from encoder.align import Aligner, Face
 from encoder.films import CAMERA, is_film
 from encoder.films import SUFFIXES as FILMS
+from encoder.options import FilesConfig, chosen
 from generators.command import console, printable
 from generators.disk import find_files, may_write, write_atomically
 from generators.images import SUFFIXES, find_images, result_names
@@ -44,32 +45,9 @@ from generators.runs import flat
 
 MANIFEST = "manifest.jsonl"
 LONGEST_NAME = 255  # bytes, on nearly every file system
-LARGEST = 8192  # side of a written picture in pixels
 # Fields of the configurations that change no result:
 CHANGEABLE = ("input", "output", "overwrite", "batch_size", "device", "save", "film_format",
               "backend", "threads")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilesConfig:
-    input: str  # a picture, a folder (with its sub-folders) or a quoted glob
-    output: Path  # folder, made if need be; the same command goes on with what it holds
-    overwrite: bool = False  # replace results that exist
-
-
-def chosen(save: str, endings: Mapping[str, str]) -> dict[str, str]:
-    """The endings of a comma list of artefacts; ValueError for one that there is not."""
-    names = [name.strip() for name in save.split(",")]
-    if unknown := sorted(set(names) - endings.keys()):
-        raise ValueError(
-            f"--save does not know {', '.join(unknown)}; choose from {', '.join(endings)}"
-        )
-    return {name: ending for name, ending in endings.items() if name in names}
-
-
-def check_size(size: int | None) -> None:
-    if size is not None and not 1 <= size <= LARGEST:
-        raise ValueError(f"--size is a side in pixels, 1 to {LARGEST}, not {size}")
 
 
 def find_inputs(source: str) -> list[tuple[Path, Path]]:
@@ -282,6 +260,12 @@ class Results:
 def settings_of(config: Any) -> dict[str, Any]:
     """{"search.steps": 100, …} of all that decides a result, as JSON has it."""
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE}
+    own = [style for style in str(values.pop("styles", "")).split(",") if "=" in style]
+    values |= {"styles": ",".join(own)} if own else {}  # the bundled ones are told by their files
+    if values.get("reference", "") is None:  # then these decide nothing
+        values = {k: v for k, v in values.items() if k not in ("reference_strength", "seed")}
+    if not values.get("edit", True):  # nor do these
+        values = {k: v for k, v in values.items() if k not in ("edit", "directions")}
     plain = (bool, int, str, type(None))
     return {
         name: value

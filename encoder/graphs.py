@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -90,28 +90,31 @@ def synthesis_model(
     both: bool = True,
     swap_resolution: int | None = None,  # None: the network's own
     colours: bool = False,  # a second input, a number 0 to 1: see `generators.latents`
+    styles: Sequence[str] | None = None,  # None: all of the network's
+    drawing_ws: bool = False,  # one more input, (B, L, D): the codes of the drawn blocks
 ) -> Any:
-    """ws (B, L, D) -> anime and, with `both`, reconstruction (B, 3, R, R)."""
+    """ws (B, L, D) -> a picture (B, 3, R, R) of each style ("anime") and, with `both`,
+    reconstruction."""
     graph = Graph(torch.float16 if dtype == "fp16" else torch.float32)
     side = network.resolutions[-1]
     first: Any = network.face.get_submodule("b4")
     width = first.conv1.affine.weight.shape[1]
-    ws = graph.input("ws", ("B", 2 * len(network.resolutions), width))
+    shape = ("B", 2 * len(network.resolutions), width)
+    ws = graph.input("ws", shape)
     share = graph.input("colours", ()) if colours else ""
-    names = ("anime", "reconstruction")[: 1 + both]
-    pictures = synthesis(graph, network, ws, both, share, swap_resolution)
-    for name, picture in zip(names, pictures, strict=True):
+    drawn = graph.input("drawing_ws", shape) if drawing_ws else ""
+    pictures = synthesis(graph, network, ws, both, share, swap_resolution, styles, drawn)
+    for name, picture in pictures.items():
         graph.output(name, picture, ("B", 3, side, side))
     model = graph.model("synthesis", metadata)
     return model if dtype == "fp32" else halve_weights(model)
 
 
 def translator_model(encoder: Any, drawing: Any, metadata: Metadata = None) -> Any:
-    """images (B, 3, S, S) -> anime (B, 3, R, R), of the models of an encoder and a synthesis."""
+    """images (B, 3, S, S) -> what a synthesis draws, of the models of an encoder and of that."""
     onnx = onnx_packages()
-    merged = onnx.compose.merge_models(
-        encoder, drawing, io_map=[("ws", "ws")], outputs=["anime"]
-    )
+    names = [value.name for value in drawing.graph.output]
+    merged = onnx.compose.merge_models(encoder, drawing, io_map=[("ws", "ws")], outputs=names)
     return describe(merged, metadata)
 
 

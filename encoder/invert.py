@@ -35,10 +35,11 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.align import Aligner
-from encoder.files import FilesConfig, Job, Results, chosen, find_faces
+from encoder.files import Job, Results, find_faces
 from encoder.frames import check_format, write_frames
 from encoder.losses import LossNetworks, LossSet, LossWeights
 from encoder.model import Encoder
+from encoder.options import FilesConfig, chosen
 from encoder.search import Inversion, Search, optimise_latent
 from generators import checkpoint
 from generators.command import command, console, parse_device, printable

@@ -13,6 +13,7 @@ ends it.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import secrets
 import socket
 import sys
@@ -25,7 +26,9 @@ from PIL import Image
 
 from encoder.align import Aligner
 from encoder.artist import Artist
-from encoder.pipeline import Drawing, Translator
+from encoder.engines import engine_of
+from encoder.options import STYLES, Drawing, styles_of
+from encoder.pipeline import Translator
 from generators.checkpoint import load, resolve
 from generators.command import command, console, parse_device, printable
 from generators.curvature import curvature_of
@@ -37,12 +40,15 @@ TOKEN = 16  # characters of a share token, at least
 
 @dataclass(frozen=True, kw_only=True)
 class LiveConfig(Drawing):
+    styles: str | None = None  # that the page offers, as of infer.py; None: all that are bundled
+    # for face64, of another face generator anime
     host: str = "127.0.0.1"  # address to listen on; others than this machine's need a share token
     port: int = 8000  # 0: any that is free
     share_token: str | None = None  # who opens the page must have it; "new" makes one
     clients: int = 32  # that are connected at the same time, at most
 
     def __post_init__(self) -> None:
+        _ = self.drawn
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be 0 to 65535, not {self.port}")
         if self.clients < 1:
@@ -55,6 +61,12 @@ class LiveConfig(Drawing):
             )
         if token not in (None, "new") and (len(token) < TOKEN or not token.isascii()):
             raise ValueError(f"--share-token must have {TOKEN} plain characters or more, or be new")
+
+    @property
+    def drawn(self) -> dict[str, str]:
+        """{style: bundled name or file}, the first being drawn at first."""
+        usual = ",".join(STYLES) if self.face_generator == "face64" else "anime"
+        return styles_of(self.styles or usual, self.anime_generator)
 
 
 def is_here(host: str) -> bool:
@@ -86,12 +98,12 @@ def run(config: LiveConfig) -> int:
 
 def artist_of(config: LiveConfig) -> Artist:
     """The networks, once for all clients, and warm: the first frame is as fast as the others."""
-    device = parse_device(config.device)
-    engine = config.engine(device)
+    device, styles = parse_device(config.device), config.drawn
+    engine = engine_of(config, device)
     how = {key: engine[key] for key in ("backend", "threads")}
     translator = Translator.load(
         config.face_generator,
-        config.anime_generator,
+        styles,
         config.encoder,
         device=device,
         aligner=Aligner(device, **how) if config.align else None,
@@ -100,12 +112,13 @@ def artist_of(config: LiveConfig) -> Artist:
         **engine,
     )
     blank = Image.new("RGB", (64, 64))
-    for reconstruction in (True, False):
-        translator([blank], reconstruction)
+    ws = translator.encode(translator.prepare([blank]))
+    for style, reconstruction in itertools.product(styles, (True, False)):
+        translator.drawings(ws, (style,), reconstruction)
     if config.align:
         translator.faces(blank)
-    name = Path(config.anime_generator).stem  # no path: others may read it
-    return Artist(translator, f"{name} ({device.type}, {translator.backend})")
+    names = ", ".join(Path(file).stem for file in styles.values())  # no path: others may read it
+    return Artist(translator, f"{names} ({device.type}, {translator.backend})")
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ from generators import checkpoint
 from generators.command import command, console, printable
 from generators.data import first_pictures, open_dataset
 from generators.disk import may_write
-from generators.latents import LIMIT, StyleLimit, principal_axes
+from generators.latents import LIMIT, StyleLimit, affines, principal_axes
 from generators.runs import check_numbers, seed_of
 from generators.stylegan2 import Generator, MappingNetwork
 
@@ -101,16 +101,11 @@ def fitted(offsets: Tensor, w: Tensor, to: Coordinates) -> Coordinates:
 @torch.no_grad()
 def move_generator(generator: Generator, w_avg: Tensor, to: Coordinates, mapping: dict) -> None:
     """Its affine layers take the new w; `mapping` is the state of its new mapping network."""
-    for i, r in enumerate(generator.config.block_resolutions):
-        block = generator.synthesis.get_submodule(f"b{r}")
-        for name, layer in (("conv0", 2 * i - 1), ("conv1", 2 * i), ("torgb", 2 * i + 1)):
-            if layer < 0:
-                continue  # the first block has no conv0
-            affine: Any = block.get_submodule(f"{name}.affine")
-            weight = affine.weight.double()
-            moved = (w_avg.double() + to.mean[layer]) @ (weight * affine.weight_gain).T
-            affine.bias.add_(moved.float())
-            affine.weight.copy_(weight @ to.back[layer].T)
+    for layer, affine in affines(generator):
+        weight = affine.weight.double()
+        moved = (w_avg.double() + to.mean[layer]) @ (weight * affine.weight_gain).T
+        affine.bias.add_(moved.float())
+        affine.weight.copy_(weight @ to.back[layer].T)
     generator.mapping.load_state_dict(mapping)
 
 

@@ -14,64 +14,31 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from encoder.align import Aligner, Face
+from encoder.directions import Directions
 from encoder.engines import Backend, choose, encoder_of, synthesis_of
 from encoder.losses import LossSet
 from encoder.model import Encoder
+from encoder.options import Edit, styles_of
 from encoder.search import Callback, Search, optimise_latent
-from generators.blocks import SwappedSynthesis
-from generators.checkpoint import load, read_metadata, resolve
+from generators.blocks import RECONSTRUCTION, SwappedSynthesis
+from generators.checkpoint import load, resolve
 from generators.curvature import Curvature, curvature_of
 from generators.images import fit, resize, to_float
 from generators.latents import DEVIATIONS, truncate
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
-from generators.threads import use_threads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Networks:
-    """Options of every command that looks at photos and draws."""
-
-    face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator
-    encoder: str = "encoder64"  # trained for the face generator
-    align: bool = True  # off: the pictures are aligned crops already
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
-    threads: int = 0  # of the CPU; 0: what fits the work
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing(Networks):
-    """Options of commands that draw one photo after the other."""
-
-    backend: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"  # the last two: on a CPU
-
-    def engine(
-        self,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 1,
-        few: bool = False,
-    ) -> dict[str, Any]:
-        """The translator's options backend, threads, export; sets torch's threads.
-
-        few: an encoder that was not exported before is left to torch, unless --backend says more.
-        """
-        side = read_metadata(resolve(self.face_generator))["config"]["resolution"]
-        threads = use_threads(self.threads, pixels=batch_size * side**2)
-        backend = choose(self.backend, device, dtype)
-        return {"backend": backend, "threads": threads, "export": self.backend != "auto" or not few}
+from generators.tails import load_styles
 
 
 @dataclass(frozen=True)
@@ -80,10 +47,15 @@ class Result:
 
     aligned: Tensor  # (B, 3, S, S) what the encoder looked at
     ws: Tensor  # (B, L, D)
-    anime: Tensor  # (B, 3, R, R)
+    drawings: dict[str, Tensor]  # {style: (B, 3, R, R)}
     reconstruction: Tensor | None = (
         None  # (B, 3, R, R) by the face generator; None unless asked for
     )
+
+    @property
+    def anime(self) -> Tensor:
+        """(B, 3, R, R), the first style's."""
+        return next(iter(self.drawings.values()))
 
 
 class Translator:
@@ -92,7 +64,7 @@ class Translator:
     def __init__(
         self,
         face: Generator,
-        anime: Generator,  # a fine-tune of `face`
+        anime: Generator | Mapping[str, Generator],  # a fine-tune of `face`, or several by style
         encoder: Encoder,  # trained for `face`
         *,
         swap_resolution: int = 16,  # from this block on, the weights are anime's
@@ -107,6 +79,8 @@ class Translator:
         backend: Backend = "torch",  # of encoder and synthesis, see encoder.engines
         threads: int = 1,  # of a backend other than torch, which has its own setting
         export: bool = True,  # half a minute, once; off: an encoder not exported yet stays torch's
+        directions: Directions | None = None,  # of `face`, for edits
+        edits: Sequence[Edit] = (),  # of every latent, after refinement and truncation
     ) -> None:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
@@ -135,31 +109,37 @@ class Translator:
         # what encodes and what draws: the two networks themselves, or a backend's graphs of them
         self.backend = choose(backend, self.device, dtype)
         self.look = encoder_of(self.encoder, self.backend, threads, export)
-        self.draw = synthesis_of(self.synthesis, self.backend, threads)
+        self.draw = synthesis_of(self.synthesis, self.backend, threads).draw
         self.losses = LossSet({"mse": 1.0})
         self.curvature: Curvature | None = curvature and self._placed(curvature)
+        self.offset: Tensor | None = None  # (L, D), what the edits add
+        if directions is not None:
+            directions.check(face)
+            self.offset = directions.offset(edits).to(self.device)
 
     @classmethod
     def load(
-        cls, face: str | Path, anime: str | Path, encoder: str | Path, **options: Any
+        cls,
+        face: str | Path,
+        anime: str | Path | Mapping[str, str | Path],  # of one style, or of several by name
+        encoder: str | Path,
+        **options: Any,
     ) -> Translator:
         """From files or bundled names; `options`: the constructor's. ValueError if one is unfit."""
-        return cls(
-            load(resolve(face), Generator),
-            load(resolve(anime), Generator),
-            load(resolve(encoder), Encoder),
-            **options,
-        )
+        source = load(resolve(face), Generator)
+        files = anime if isinstance(anime, Mapping) else {"anime": anime}
+        styles = load_styles(files, source)
+        return cls(source, styles, load(resolve(encoder), Encoder), **options)
 
     @classmethod
-    def bundled(cls, **options: Any) -> Translator:
-        """The models that come with the project, and an aligner unless one is given; `superres`
-        enlarges."""
+    def bundled(cls, styles: str = "anime", **options: Any) -> Translator:
+        """The models that come with the project, of one style or more ("anime,sketch"), and an
+        aligner unless one is given; `superres` enlarges."""
         how = {key: options[key] for key in ("device", "backend", "threads") if key in options}
         options.setdefault("aligner", Aligner(**how))
         options.setdefault("superres", load(resolve("superres64"), SuperResolution))
         options.setdefault("curvature", curvature_of("face64"))
-        return cls.load("face64", "anime64", "encoder64", **options)
+        return cls.load("face64", styles_of(styles), "encoder64", **options)
 
     # ------------------------------------------------------------------ pictures to crops
 
@@ -186,13 +166,9 @@ class Translator:
         """Aligned crops of any size -> their translation, copied to the CPU."""
         images = self.prepare(crops)
         ws = self.encode(images)
-        anime, reconstructed = self.synthesise(ws, reconstruction)
-        return Result(
-            images.cpu(),
-            ws.cpu(),
-            anime.cpu(),
-            None if reconstructed is None else reconstructed.cpu(),
-        )
+        made = {name: x.cpu() for name, x in self.drawings(ws, None, reconstruction).items()}
+        reconstructed = made.pop(RECONSTRUCTION, None)
+        return Result(images.cpu(), ws.cpu(), made, reconstructed)
 
     def prepare(self, crops: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any size -> (B, 3, S, S) in [-1, 1] on the device."""
@@ -210,7 +186,7 @@ class Translator:
         refine_steps: int | None = None,
         callback: Callback | None = None,  # of the refinement, see `optimise_latent`
     ) -> Tensor:
-        """(B, 3, S, S) in [-1, 1] -> ws (B, L, D) in fp32: encoded, refined, truncated."""
+        """(B, 3, S, S) in [-1, 1] -> ws (B, L, D) in fp32: encoded, refined, truncated, edited."""
         truncation = self.truncation if truncation is None else truncation
         refine_steps = self.refine_steps if refine_steps is None else refine_steps
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -226,23 +202,43 @@ class Translator:
                 curvature=self.curvature,
                 callback=callback,
             ).latent
-        return truncate(ws, self.face.w_avg, truncation)
+        return self.edited(truncate(ws, self.face.w_avg, truncation))
+
+    def edited(self, ws: Tensor) -> Tensor:
+        """ws (B, L, D) on any device -> the same with the translator's edits."""
+        return ws if self.offset is None else ws + self.offset.to(ws.device)
 
     @torch.inference_mode()
-    def synthesise(
+    def drawings(
         self,
         ws: Tensor,
+        styles: Sequence[str] | None = None,  # None: all
         reconstruction: bool = False,
         *,
         swap_resolution: int | None = None,  # None: the translator's own
         colours: float = 0.0,  # 0: the photo's, 1: the drawing's own; see generators.latents
+        drawing_ws: Tensor | None = None,  # (B, L, D) of the drawn blocks; None: `ws`
+    ) -> dict[str, Tensor]:
+        """ws (B, L, D) -> {style: (B, 3, R, R)} from one pass of the early blocks and, if asked
+        for, "reconstruction"; in [-1, 1]. ValueError for a style that there is not."""
+        made = self.draw(
+            ws.to(self.dtype),
+            styles,
+            reconstruction,
+            colours=colours,
+            swap_resolution=swap_resolution,
+            drawing_ws=None if drawing_ws is None else drawing_ws.to(self.dtype),
+        )
+        return {name: images.float().clamp(-1, 1) for name, images in made.items()}
+
+    def synthesise(
+        self, ws: Tensor, reconstruction: bool = False, **how: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """ws (B, L, D) -> anime (B, 3, R, R) and, if asked for, the reconstruction; in [-1, 1]."""
-        ws, how = ws.to(self.dtype), (colours, swap_resolution)
-        if not reconstruction:
-            return self.draw(ws, "const", False, *how).float().clamp(-1, 1), None
-        reconstructed, anime = self.draw(ws, "const", True, *how)
-        return anime.float().clamp(-1, 1), reconstructed.float().clamp(-1, 1)
+        """ws (B, L, D) -> the first style's drawing (B, 3, R, R) and, if asked for, the
+        reconstruction; in [-1, 1]. how: as of `drawings`."""
+        first = self.synthesis.styles[0]
+        made = self.drawings(ws, (first,), reconstruction, **how)
+        return made[first], made.get(RECONSTRUCTION)
 
     @torch.inference_mode()
     def enlarge(self, images: Tensor, size: int) -> Tensor:

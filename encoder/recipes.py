@@ -25,11 +25,12 @@ import tyro
 from torch import Tensor
 
 from encoder.align import Aligner
-from encoder.files import FilesConfig, Results, check_size, find_faces
+from encoder.files import Results, find_faces
 from encoder.frames import check_format, write_frames
 from encoder.losses import LossSet
 from encoder.model import Encoder
-from encoder.pipeline import Networks, Translator
+from encoder.options import FilesConfig, Networks, check_size
+from encoder.pipeline import Translator
 from encoder.search import Search, optimise_latent
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, read_metadata, resolve
@@ -42,6 +43,7 @@ from generators.latents import mix, read_latents, slerp
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, upscale
+from generators.tails import load_style
 from generators.threads import use_threads
 
 Draw = Callable[[Tensor], Tensor]  # latents (B, …) -> images (B, 3, R, R)
@@ -230,9 +232,8 @@ class InterpolateConfig(Networks):
 
 def load_networks(config: Networks) -> tuple[Translator, Generator]:
     """What finds the photos in the face generator, and the whole fine-tune."""
-    face, anime = (
-        load(resolve(name), Generator) for name in (config.face_generator, config.anime_generator)
-    )
+    face = load(resolve(config.face_generator), Generator)
+    anime = load_style(config.anime_generator, face)
     device = parse_device(config.device)
     use_threads(config.threads, pixels=face.resolution**2)
     translator = Translator(

@@ -10,12 +10,10 @@ Shape letters: L layers of w+, D dimension of w.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,27 +23,13 @@ from torch import Tensor
 from encoder.align import Face
 from encoder.films import read_film
 from encoder.geometry import Array
+from encoder.options import FollowConfig
 from encoder.pipeline import Translator
 from encoder.trace import read_trace
 from encoder.track import Track, Tracker
 from generators.latents import truncate
 
 ENOUGH = 5  # frames that a face is there before it counts for the length of the row
-
-
-@dataclass(frozen=True, kw_only=True)
-class FollowConfig:
-    """Options of how faces are followed through a film."""
-
-    faces: Literal["largest", "all"] = "largest"  # of each picture; of a film, all through it
-    smoothing: float = 1.0  # of a film in time, of points and latents; 0: none, 2: twice as calm
-    detect_every: int = 30  # frames of a film between full searches for faces
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < math.inf:
-            raise ValueError(f"--smoothing is a number of 0 or more, not {self.smoothing}")
-        if self.detect_every < 1:
-            raise ValueError(f"--detect-every is 1 frame or more, not {self.detect_every}")
 
 
 @dataclass
@@ -143,7 +127,7 @@ def central_square(picture: Image.Image) -> Array:
 def shots_of_latents(path: Path, translator: Translator) -> list[Shot]:
     """The frames of a film of which only the latents are known."""
     times, numbers, points, ws = read_trace(path, translator.face)
-    ws = truncate(ws, translator.face.w_avg.cpu(), translator.truncation)
+    ws = translator.edited(truncate(ws, translator.face.w_avg.cpu(), translator.truncation))
     places, shots = Places(None), []
     for time, rows in groupby(range(len(times)), lambda i: float(times[i])):
         of = {int(numbers[i]): i for i in rows}

@@ -47,6 +47,7 @@ from generators.projected import learning_part
 from generators.runs import check_numbers, frozen, seed_of, step_generator
 from generators.state import LossMeter, TrainingState
 from generators.stylegan2 import Generator
+from generators.tails import load_style
 from generators.tensors import load_state
 
 SHEET = 12  # pictures on it
@@ -273,8 +274,7 @@ class EncoderTraining(Training):
         self.on_sheet = first_pictures(shown, SHEET).to(device)
         self.swapped: SwappedSynthesis | None = None
         if config.anime_generator is not None:
-            path = checkpoint.resolve(config.anime_generator)
-            anime = checkpoint.load(path, Generator).to(device)
+            anime = load_style(config.anime_generator, generator).to(device)
             self.swapped = frozen(SwappedSynthesis(generator, anime, config.swap_resolution))
 
     def evaluate(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,9 +30,10 @@ from torch import Tensor
 from encoder.files import Job, Results
 from encoder.films import CAMERA, Film, FilmWriter, load_av, read_film
 from encoder.geometry import paste
+from encoder.options import DrawConfig
 from encoder.pipeline import Translator
+from encoder.reference import References
 from encoder.shots import (
-    FollowConfig,
     Places,
     Shot,
     follower,
@@ -49,20 +50,11 @@ from generators.runs import progress
 
 ENDINGS = {"anime": ".mp4", "aligned": "_aligned.mp4", "reconstruction": "_reconstruction.mp4",
            "latents": "_latents.safetensors", "grid": "_grid.mp4"}  # fmt: skip
-STRIP = ("aligned", "reconstruction", "anime")  # of "grid"
+STRIP = ("aligned", "reconstruction")  # of "grid", before the drawings
 HOLD = 2.0  # seconds that a drawing stays in the row when its face has gone
 BLINK = 0.15  # seconds that it stays in its frame
 FEATHER = 0.2  # width of the seam around a drawing in its frame, as a part of the crop's side
 GREY = (128, 128, 128)  # a place without a drawing
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawConfig(FollowConfig):
-    """Options of what is drawn."""
-
-    size: int | None = None  # side of the drawings in pixels; None: the generator's own
-    batch_size: int = 8  # faces per pass
-    layout: Literal["drawing", "side-by-side", "in-place"] = "drawing"  # of films; in their frames
 
 
 # --------------------------------------------------------------------------- drawings
@@ -72,15 +64,15 @@ def tiles(
     names: Iterable[str], made: Mapping[str, Tensor], translator: Translator, side: int
 ) -> dict[str, Image.Image]:
     """What is shown of one face, by name, of pictures (3, R, R) in [-1, 1]; `side` pixels high."""
-    names, shown = set(names), {}
-    for part in STRIP:
+    names, shown, strip = set(names), {}, (*STRIP, *translator.synthesis.styles)
+    for part in strip:
         if part == "aligned" and names & {part, "grid"}:  # as the encoder saw it: nothing is added
             shown[part] = resize(made[part], side)
         elif names & {part, "grid"}:
             shown[part] = translator.enlarge(made[part][None], side)[0]
-    pictures = {name: to_pil(shown[name]) for name in STRIP if name in names}
+    pictures = {name: to_pil(shown[name]) for name in strip if name in names}
     if "grid" in names:
-        pictures["grid"] = grid(torch.stack([shown[part] for part in STRIP]), len(STRIP))
+        pictures["grid"] = grid(torch.stack([shown[part] for part in strip]), len(strip))
     return pictures
 
 
@@ -92,8 +84,16 @@ def check_finite(made: Iterable[Tensor], path: Path) -> None:
 class Painter:
     """Draws the faces of frames, and puts each frame together."""
 
-    def __init__(self, job: Job, translator: Translator, config: DrawConfig, places: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        translator: Translator,
+        config: DrawConfig,
+        places: int,
+        references: References | None = None,
+    ) -> None:
         self.path, self.translator, self.config, self.places = job.path, translator, config, places
+        self.photo, self.references = job.relative.as_posix(), references
         self.names = [name for name in job.endings if name != "latents"]
         self.drawn: dict[int, tuple[float, dict[str, Image.Image]]] = {}  # the last, by place
 
@@ -111,11 +111,11 @@ class Painter:
             return
         ws = torch.stack([seen.ws for _, seen in known if seen.ws is not None])
         wanted = bool({"reconstruction", "grid"} & set(self.names))
-        made["anime"], reconstruction = self.translator.synthesise(
-            ws.to(self.translator.device), wanted
-        )
-        if reconstruction is not None:
-            made["reconstruction"] = reconstruction
+        ws = ws.to(self.translator.device)
+        drawing_ws = None
+        if self.references is not None:
+            drawing_ws = self.references.mixed(ws, [self.photo] * len(ws))
+        made |= self.translator.drawings(ws, None, wanted, drawing_ws=drawing_ws)
         made = {name: images.cpu() for name, images in made.items()}
         check_finite([ws, *made.values()], self.path)
         for i, (shot, seen) in enumerate(known):
@@ -138,7 +138,8 @@ class Painter:
                     picture = paste(picture, shown[name], seen.matrix, FEATHER)
             return picture
         side = self.side(shot)
-        wide = side * (len(STRIP) if name == "grid" else 1)
+        parts = len(STRIP) + len(self.translator.synthesis.styles)
+        wide = side * (parts if name == "grid" else 1)
         left = 0
         if self.config.layout == "side-by-side" and shot.picture:
             left = max(1, round(shot.picture.width * side / shot.picture.height))
@@ -203,7 +204,7 @@ def check_latents(job: Job, translator: Translator, config: DrawConfig) -> None:
             f"{job.path} holds latents and no frames; draw it with --layout drawing and without "
             "--refine-steps, or give the film."
         )
-    if unfit := sorted(set(job.endings) - {"anime", "reconstruction"}):
+    if unfit := sorted(set(job.endings) - {*translator.synthesis.styles, "reconstruction"}):
         raise ValueError(f"Of latents --save makes anime and reconstruction, not {unfit[0]}.")
 
 
@@ -234,7 +235,12 @@ def until(stopped: Callable[[], bool], frames: Iterable[Any]) -> Iterator[Any]:
 
 
 def draw_film(
-    job: Job, results: Results, translator: Translator, config: DrawConfig, shown: bool
+    job: Job,
+    results: Results,
+    translator: Translator,
+    config: DrawConfig,
+    shown: bool,
+    references: References | None = None,
 ) -> None:
     """Writes what is wanted of one film. ValueError or OSError, where that cannot be, or where
     the film broke off; what was there is then drawn, and kept."""
@@ -245,7 +251,7 @@ def draw_film(
         done: dict[str, Any] = {}
 
         def write(files: dict[str, Path]) -> None:
-            painter = Painter(job, translator, config, source.places)
+            painter = Painter(job, translator, config, source.places, references)
             done.update(write_films(files, source, painter, config.batch_size, shown))
             if not done["frames"]:
                 raise ValueError(f"{job.path} has no frames; give a film with pictures.")
@@ -264,7 +270,8 @@ def draw_film(
             raise ValueError(cut)
         seconds = perf_counter() - begun
         done["frames_per_second"] = round(done["frames"] / seconds, 2)
-        results.done(job, **done)
+        given = {} if references is None else references.line(job.relative.as_posix())
+        results.done(job, **done, **given)
 
 
 def whole(files: Mapping[str, Path], write: Callable[[dict[str, Path]], None]) -> None:

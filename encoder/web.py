@@ -29,11 +29,13 @@ from typing import Any
 
 from encoder.browser import write_networks
 from encoder.model import Encoder
+from encoder.options import styles_of
 from generators.checkpoint import load, read_metadata, resolve
 from generators.command import command, console, printable
 from generators.disk import open_regular, write_atomically
 from generators.latents import DEVIATIONS
 from generators.stylegan2 import Generator
+from generators.tails import load_styles
 from generators.threads import use_threads
 
 PAGE = Path(__file__).parent / "page"
@@ -88,7 +90,8 @@ HEADERS = {
 class WebConfig:
     output: Path  # folder of the site; new, or with --overwrite an earlier site
     face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator
+    anime_generator: str = "anime64"  # a fine-tune of the face generator: the style "anime"
+    styles: str = "anime"  # that the page offers, as of infer.py; each is 1.6 MB more to load
     encoder: str = "encoder64"  # trained for the face generator
     swap_resolution: int = 16  # that the page starts with: drawn are the blocks from this one on
     style_limit: float = DEVIATIONS  # of the drawing's blocks, as of infer.py
@@ -98,6 +101,7 @@ class WebConfig:
     overwrite: bool = False  # replace a site that is there
 
     def __post_init__(self) -> None:
+        styles_of(self.styles)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be 0 to 65535, not {self.port}.")
 
@@ -117,12 +121,12 @@ def run(config: WebConfig) -> None:
 def build(config: WebConfig, output: Path) -> None:
     """Makes the site beside `output`, then puts it there: whole or not at all."""
     may_build(output, config.overwrite)
-    names = {"face": config.face_generator, "anime": config.anime_generator,
-             "encoder": config.encoder}  # fmt: skip
+    styles = styles_of(config.styles, config.anime_generator)
+    names = {"face": config.face_generator, "encoder": config.encoder} | styles
     paths = {role: resolve(name) for role, name in names.items()}
     runtime = runtime_files(config.onnxruntime_web)
-    face, anime = (load(paths[role], Generator) for role in ("face", "anime"))
-    encoder = load(paths["encoder"], Encoder)
+    face, encoder = load(paths["face"], Generator), load(paths["encoder"], Encoder)
+    drawing = load_styles(styles, face)
     use_threads(0, face.resolution**2)
     origin = {role: read_metadata(path)["provenance"] for role, path in paths.items()}
 
@@ -131,7 +135,7 @@ def build(config: WebConfig, output: Path) -> None:
         folder = Path(name) / "site"
         console.print("writing the networks and comparing them with torch")
         about = write_networks(
-            folder / "onnx", face, anime, encoder, config.swap_resolution,
+            folder / "onnx", face, drawing, encoder, config.swap_resolution,
             style_limit=config.style_limit, origin=origin,
         )  # fmt: skip
         for file, data in runtime.items():

@@ -39,6 +39,17 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     return (F.relu(1 - real_logits) + F.relu(1 + fake_logits)).mean(dim=1)
 
 
+def least_squares_generator_loss(fake_logits: Tensor) -> Tensor:
+    """(D(fake) - 1)², (B, N) -> (B,) (Mao et al. 2017, arXiv:1611.04076, eq. 9, without its 1/2, as
+    in CycleGAN)."""
+    return (fake_logits - 1).square().mean(dim=1)
+
+
+def least_squares_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """(D(real) - 1)² + D(fake)², (B, N), (B, N) -> (B,) (Mao et al. 2017, eq. 9, without 1/2)."""
+    return ((real_logits - 1).square() + fake_logits.square()).mean(dim=1)
+
+
 def r1_penalty(real_logits: Tensor, real_images: Tensor) -> Tensor:
     """Half the squared gradient norm of D at real images, (B,) (Mescheder et al. 2018, eq. 9,
     without gamma). Of several logits (B, N) it is their mean's, as the losses are means.

@@ -7,6 +7,7 @@
     swapped = swap(face, anime, swap_resolution=16)      # b4, b8 of face; b16, … of anime
     blended = blend(face, anime, swap_resolution=16, width=0.5)
     reconstruction, drawn = SwappedSynthesis(face, anime, 16)(ws, both=True)
+    drawings = SwappedSynthesis(face, {"anime": anime, "sketch": sketch}, 16).draw(ws)
 
 Letters: B batch, L layers of w+, D w dimension, R resolution, K number of blocks.
 """
@@ -15,7 +16,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, overload
@@ -30,7 +31,9 @@ from generators.discriminator import Discriminator
 from generators.disk import may_write, write_atomically
 from generators.images import grid, labelled, resize
 from generators.latents import DEVIATIONS, StyleLimit, read_ws
-from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode
+from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode, SynthesisNetwork
+
+RECONSTRUCTION = "reconstruction"  # among drawings, by style, the face generator's own picture
 
 # --------------------------------------------------------------------------- freezing
 
@@ -42,10 +45,10 @@ def freeze_generator(generator: Generator, below: int) -> list[str]:
     draws the same pose and layout for the same w as its source (Lee 2020, github.com/bryandlee/
     FreezeG; Back 2021, arXiv:2106.05744). Returns the names of the trainable parameters.
     """
-    _check_resolution(below, generator.config)
+    check_resolution(below, generator.config)
     trainable = []
     for name, parameter in generator.named_parameters():
-        free = _resolution(name) >= below and name != "synthesis.b4.const"
+        free = resolution_of(name) >= below and name != "synthesis.b4.const"
         parameter.requires_grad_(free)
         if free:
             trainable.append(name)
@@ -77,7 +80,7 @@ def freeze_discriminator(discriminator: Discriminator, blocks: int) -> list[str]
 def swap(face: Generator, anime: Generator, swap_resolution: int) -> Generator:
     """A new generator: mapping, w_avg and early blocks of `face`, blocks >= swap_resolution of
     `anime`. The two given stay as they are."""
-    _check_pair(face, anime, swap_resolution)
+    check_pair(face, anime, swap_resolution)
     return _mix(face, anime, lambda resolution: float(resolution >= swap_resolution))
 
 
@@ -89,7 +92,7 @@ def blend(face: Generator, anime: Generator, swap_resolution: int, width: float)
     is `swap`. Pinkney & Adler 2020, "Resolution Dependent GAN Interpolation" (arXiv:2010.05334),
     section 2. width: in doublings of the resolution, >= 0.
     """
-    _check_pair(face, anime, swap_resolution)
+    check_pair(face, anime, swap_resolution)
     if not (0 <= width < math.inf):
         raise ValueError(f"The width of a blend must be 0 or more doublings, not {width}.")
     if width == 0:
@@ -108,7 +111,7 @@ def _mix(face: Generator, anime: Generator, share: Callable[[int], float]) -> Ge
     target = anime.state_dict()
     with torch.no_grad():
         for name, tensor in result.state_dict().items():  # these share memory with `result`
-            resolution = _resolution(name)
+            resolution = resolution_of(name)
             weight = share(resolution) if resolution else 0.0
             if weight == 1:
                 tensor.copy_(target[name])
@@ -120,21 +123,30 @@ def _mix(face: Generator, anime: Generator, share: Callable[[int], float]) -> Ge
 class SwappedSynthesis(nn.Module):
     """The synthesis of `swap(face, anime, swap_resolution)`, and with `both` also that of `face`,
     for the price of the late blocks: the early ones are computed once. The weights are shared
-    with the two generators, not copied. The late blocks of `anime` get w limited to `style_limit`
-    standard deviations (inf: as given), see `generators.latents`."""
+    with the generators, not copied. The late blocks of `anime` get w limited to `style_limit`
+    standard deviations (inf: as given), see `generators.latents`.
+
+    Several fine-tunes by name are styles: `draw` gives a picture of each from one pass of the early
+    blocks, a call of the network that of the first.
+    """
 
     def __init__(
         self,
         face: Generator,
-        anime: Generator,
+        anime: Generator | Mapping[str, Generator],
         swap_resolution: int,
         style_limit: float = DEVIATIONS,
     ) -> None:
         super().__init__()
-        _check_pair(face, anime, swap_resolution)
+        styles = {"anime": anime} if isinstance(anime, Generator) else dict(anime)
+        if not styles or RECONSTRUCTION in styles:
+            raise ValueError(f"A synthesis needs one style or more, none named {RECONSTRUCTION}.")
+        for generator in styles.values():
+            check_pair(face, generator, swap_resolution)
         self.limit = StyleLimit(face, swap_resolution, style_limit)
         self.face = face.synthesis
-        self.anime = anime.synthesis
+        self.styles = tuple(styles)
+        self.tails = nn.ModuleList(generator.synthesis for generator in styles.values())
         self.resolutions = face.config.block_resolutions
         self.swap_resolution = swap_resolution
 
@@ -146,6 +158,7 @@ class SwappedSynthesis(nn.Module):
         both: Literal[False] = ...,
         colours: float = ...,
         swap_resolution: int | None = ...,
+        drawing_ws: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -155,6 +168,7 @@ class SwappedSynthesis(nn.Module):
         both: Literal[True],
         colours: float = ...,
         swap_resolution: int | None = ...,
+        drawing_ws: Tensor | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
@@ -165,6 +179,7 @@ class SwappedSynthesis(nn.Module):
         both: Literal[True],
         colours: float = ...,
         swap_resolution: int | None = ...,
+        drawing_ws: Tensor | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -174,31 +189,66 @@ class SwappedSynthesis(nn.Module):
         both: bool = False,
         colours: float = 0.0,  # see `StyleLimit`
         swap_resolution: int | None = None,  # None: the constructor's
+        drawing_ws: Tensor | None = None,  # (B, L, D) of the blocks of `anime`; None: `ws`
     ) -> Tensor | tuple[Tensor, Tensor]:
         """ws (B, L, D) -> anime (B, 3, R, R), or with `both` (reconstruction, anime)."""
+        first = self.styles[0]
+        made = self.draw(
+            ws,
+            (first,),
+            both,
+            noise_mode=noise_mode,
+            colours=colours,
+            swap_resolution=swap_resolution,
+            drawing_ws=drawing_ws,
+        )
+        return (made[RECONSTRUCTION], made[first]) if both else made[first]
+
+    def draw(
+        self,
+        ws: Tensor,
+        styles: Sequence[str] | None = None,  # None: all
+        reconstruction: bool = False,
+        *,
+        noise_mode: NoiseMode = "const",
+        colours: float = 0.0,
+        swap_resolution: int | None = None,
+        drawing_ws: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """ws (B, L, D) -> {style: (B, 3, R, R)} of the named styles and, if asked for,
+        "reconstruction". The other arguments are those of a call."""
         swap = self.swap_resolution if swap_resolution is None else swap_resolution
         early = [r for r in self.resolutions if r < swap]
         late = [r for r in self.resolutions if r >= swap]
         x = image = None
         if early:
             x, image = self.face.run_blocks(early, None, None, ws, noise_mode)
-        limited = self.limit(ws, colours, swap)
-        anime = self.anime.run_blocks(late, x, image, limited, noise_mode)[1]
-        if not both:
-            return anime
-        return self.face.run_blocks(late, x, image, ws, noise_mode)[1], anime
+        limited = self.limit(ws if drawing_ws is None else drawing_ws, colours, swap)
+        made = {
+            name: self.tail(name).run_blocks(late, x, image, limited, noise_mode)[1]
+            for name in (self.styles if styles is None else styles)
+        }
+        if reconstruction:
+            made[RECONSTRUCTION] = self.face.run_blocks(late, x, image, ws, noise_mode)[1]
+        return made
+
+    def tail(self, style: str) -> SynthesisNetwork:
+        """The synthesis whose late blocks draw that style. ValueError where there is no such."""
+        if style not in self.styles:
+            raise ValueError(f"There is no style {style}; choose from {', '.join(self.styles)}.")
+        return self.tails[self.styles.index(style)]  # type: ignore[return-value]
 
 
 # ----------------------------------------------------------------------------- checks
 
 
-def _resolution(name: str) -> int:
+def resolution_of(name: str) -> int:
     """The resolution in a canonical name: "synthesis.b64.conv0.weight" -> 64; mapping -> 0."""
     match = re.match(r"synthesis\.b(\d+)\.", name)
     return int(match[1]) if match else 0
 
 
-def _check_resolution(resolution: int, config: GeneratorConfig) -> None:
+def check_resolution(resolution: int, config: GeneratorConfig) -> None:
     valid = config.block_resolutions
     if resolution not in valid:
         raise ValueError(
@@ -207,7 +257,7 @@ def _check_resolution(resolution: int, config: GeneratorConfig) -> None:
         )
 
 
-def _check_pair(face: Generator, anime: Generator, swap_resolution: int) -> None:
+def check_pair(face: Generator, anime: Generator, swap_resolution: int) -> None:
     """Both must be of one architecture, however their configs spell the channels."""
 
     def spelled_out(config: GeneratorConfig) -> dict:
@@ -221,7 +271,7 @@ def _check_pair(face: Generator, anime: Generator, swap_resolution: int) -> None
             f"The two generators differ ({'; '.join(differences)}); "
             "swap a generator with its own fine-tune."
         )
-    _check_resolution(swap_resolution, face.config)
+    check_resolution(swap_resolution, face.config)
 
 
 # ------------------------------------------------------------------------------- grids

@@ -35,7 +35,8 @@ WANTED = "a bundled name, or a .safetensors file of this project (python -m gene
 N = TypeVar("N", bound=nn.Module)
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_NAMES = ("face64", "anime64", "encoder64", "superres64", "curvature64")
+_NAMES = ("face64", "anime64", "encoder64", "superres64", "curvature64", "directions64", "sketch64",
+          "paint64")  # fmt: skip
 BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in _NAMES}
 
 

@@ -153,14 +153,21 @@ def open_dataset(
         raise ValueError("The data set has no name; give a folder, parquet or hf:NAME.")
     if spec.startswith("hf:"):
         return open_hub(spec, resolution, column, split)
-    path = Path(spec).expanduser()
+    return _load(open_sources(Path(spec).expanduser(), column, split), resolution)
+
+
+def open_sources(
+    path: Path, column: str = "image", split: str | None = None
+) -> Sequence[Path | bytes]:
+    """What `open_image` reads, of a folder, of parquet files or of a saved data set; the latter
+    two are `Rows`, which have other columns too."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _load(open_saved(path, column, split), resolution)
+        return open_saved(path, column, split)
     parquet = frozenset({".parquet"})
     if path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
         files = _of_split(find_files(path, parquet, "parquet file"), split, path, by_name=True)
-        return _load(open_parquet(files, column), resolution)
-    return _load(_of_split(find_images(path), split, path, by_name=False), resolution)
+        return open_parquet(files, column)
+    return _of_split(find_images(path), split, path, by_name=False)
 
 
 def _of_split(
@@ -198,10 +205,11 @@ def _quietly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
             datasets.enable_progress_bars()
 
 
-class _Rows(Sequence[Path | bytes]):
+class Rows(Sequence[Path | bytes]):
     """One column of a datasets.Dataset as undecoded pictures."""
 
     def __init__(self, rows: Any, column: str) -> None:
+        self.table = rows
         self.rows = _undecoded(rows, column).select_columns(column)
         self.column = column
 
@@ -210,6 +218,13 @@ class _Rows(Sequence[Path | bytes]):
 
     def __getitem__(self, index: Any) -> Any:
         return payload(self.rows[index][self.column])
+
+    def values(self, name: str) -> list[Any]:
+        """Another column, whole. ValueError where there is none of that name."""
+        if name not in self.table.column_names:
+            names = ", ".join(n for n in self.table.column_names if n != self.column)
+            raise ValueError(f"There is no column {name!r} beside the pictures; there is {names}.")
+        return list(self.table[name])
 
 
 def payload(cell: dict | None) -> Path | bytes:
@@ -231,7 +246,7 @@ def _undecoded(rows: Any, column: str) -> Any:
         raise ValueError(f"Column {column!r} does not hold pictures; name another.") from error
 
 
-def open_parquet(files: list[Path], column: str) -> _Rows:
+def open_parquet(files: list[Path], column: str) -> Rows:
     import datasets
 
     names = ", ".join(file.name for file in files[:3])
@@ -246,10 +261,10 @@ def open_parquet(files: list[Path], column: str) -> _Rows:
         if isinstance(cause, OSError) and cause.errno:  # of its cache: a full disk
             raise cause from error
         raise ValueError(f"Cannot read {names}: not a parquet file, or damaged.") from error
-    return _Rows(rows, column)
+    return Rows(rows, column)
 
 
-def open_saved(path: Path, column: str, split: str | None) -> _Rows:
+def open_saved(path: Path, column: str, split: str | None) -> Rows:
     import datasets
 
     try:
@@ -263,7 +278,7 @@ def open_saved(path: Path, column: str, split: str | None) -> _Rows:
         if name not in rows:
             raise ValueError(f"{path} has no split {name!r}; it has {', '.join(rows)}.")
         rows = rows[name]
-    return _Rows(rows, column)
+    return Rows(rows, column)
 
 
 def open_hub(spec: str, resolution: int, column: str, split: str | None) -> PictureStream:
@@ -349,6 +364,34 @@ def first_pictures(dataset: Pictures, count: int) -> Tensor:
         count = min(count, len(dataset))
         pictures = [dataset[i * len(dataset) // count] for i in range(count)]
     return to_float(torch.stack(pictures))
+
+
+def named_pictures(
+    source: str | Path, count: int | None, resolution: int
+) -> tuple[list[str], Tensor]:
+    """Names and pictures (N, 3, R, R) in [-1, 1]: `count` of them, evenly spread, or all.
+
+    A folder's names are relative paths without suffix; others are row numbers among the readable
+    rows. ValueError for a stream, and for a picture of a folder that cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.rglob("*.parquet")):
+        files = find_images(folder)
+        count = min(count or len(files), len(files))
+        files = [files[i * len(files) // count] for i in range(count)]
+        pixels = torch.stack([fit(open_image(file), resolution) for file, _ in files])
+        return [name_of(relative) for _, relative in files], to_float(pixels)
+    dataset = open_dataset(source, resolution)
+    if isinstance(dataset, PictureStream):
+        raise ValueError("A stream has no evenly spread pictures; give a folder or parquet files.")
+    size = len(dataset)
+    count = min(count or size, size)
+    return [str(i * size // count) for i in range(count)], first_pictures(dataset, count)
+
+
+def name_of(path: Path) -> str:
+    """A relative path as a picture is named by: without suffix, with forward slashes."""
+    return path.with_suffix("").as_posix()
 
 
 def start_at(dataset: Pictures, position: int, rank: int, world: int, seed: int) -> None:

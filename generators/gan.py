@@ -9,6 +9,7 @@ pictures, R resolution.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ from generators.adversarial import (
 )
 from generators.augment import AdaController, ada_augment, diff_augment
 from generators.command import console
-from generators.data import first_pictures, open_dataset
+from generators.constancy import constancy, feature_network, photo_source
+from generators.data import (
+    Pictures,
+    PictureStream,
+    PictureTensor,
+    first_pictures,
+    open_dataset,
+)
 from generators.dcgan import with_noise
 from generators.disk import write_atomically
 from generators.distances import (
@@ -41,8 +49,8 @@ from generators.distances import (
     pooled_features,
     truncation_curve,
 )
-from generators.features import perceptual_distance
-from generators.images import grid
+from generators.features import FeaturePyramid, perceptual_distance
+from generators.images import grid, to_float
 from generators.latents import StyleLimit, mix_styles, read_ws
 from generators.networks import (
     AdversarialOptions,
@@ -50,16 +58,14 @@ from generators.networks import (
     RunningMean,
     StyleGan2Options,
     adam,
-    initial,
     kl_to_prior,
     perceptual_network,
 )
 from generators.palette import Palette
 from generators.projected import ProjectedDiscriminator
-from generators.runs import frozen, step_generator
+from generators.runs import step_generator
 from generators.state import LossMeter
 from generators.steps import Draw, GeneratorTraining
-from generators.stylegan2 import Generator
 
 PATH_INTERVAL = 4  # steps between path-length penalties (Karras et al. 2020, appendix B)
 CALIBRATION = 256  # real pictures that set a projected discriminator's scales
@@ -188,19 +194,17 @@ class AdversarialTraining(GeneratorTraining):
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """36 samples at truncation 0.8, under 6 photos beside their reconstructions where there is
-        a variational encoder. Photos and draws are always the same."""
-        device, rows, average = self.accelerator.device, [], self.average
-        if (variational := self.state.modules.get("variational")) is not None:
-            photos = first_pictures(self.datasets[0], 6).to(device)
-            again = average(variational.eval()(photos)[0])
-            variational.train()
-            rows.append(torch.stack([photos, again], dim=1).flatten(0, 1))
+        """36 samples at truncation 0.8, under 6 pictures beside their reconstructions where it
+        learns these. Pictures and draws are always the same."""
         z = torch.randn(
-            SHEET, average.z_dim, generator=step_generator(self.config.seed, 0, "samples")
+            SHEET, self.average.z_dim, generator=step_generator(self.config.seed, 0, "samples")
         )
-        rows.append(average(z.to(device), truncation=0.8))
-        return grid(torch.cat(rows), columns=12)
+        samples = self.average(z.to(self.accelerator.device), truncation=0.8)
+        return grid(torch.cat([*self.reconstructed(), samples]), columns=12)
+
+    def reconstructed(self) -> list[Tensor]:
+        """A row of 6 pictures, each followed by its reconstruction, (12, 3, R, R); or none."""
+        return []
 
     def at_the_end(self) -> None:
         """OUTPUT/scores.json: the last and the best weights, by truncation."""
@@ -243,18 +247,28 @@ class StyleGan2Training(AdversarialTraining):
     def __init__(self, config: StyleGan2Options, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         self.variational: Any = self.state.modules.get("variational")
-        weight = config.perceptual_weight * config.reconstruction_weight
+        weight = config.perceptual_weight * (config.reconstruction_weight + config.paired_weight)
         self.perceptual = perceptual_network(config, weight, 4, accelerator.device)
         self.latents: Tensor | None = None  # (N, L, D) at which half of the fakes are drawn
+        self.found: Tensor | None = None  # the same, unlimited: where their photos are drawn
         self.palette: Palette | None = None
+        self.source: Any = None  # draws the photos
+        self.network: FeaturePyramid | None = None  # what looks at both
+        if config.source is not None:
+            self.source = photo_source(config.source, self.generator).to(accelerator.device)
+            if config.constancy_weight:
+                network, weights = config.constancy_network, config.feature_weights
+                levels = feature_network(network, weights, config.constancy_levels)
+                self.network = levels.to(accelerator.device)
+        self.pairs: Tensor | None = None  # uint8 (N, 3, R, R), what each of the latents is to give
         if config.latents is not None:
             ws, below = read_ws(config.latents, self.generator), config.freeze_generator_below
-            self.latents = ws = ws.to(accelerator.device)
+            self.latents = self.found = ws = ws.to(accelerator.device)
             if config.palette_weight:
-                source: Any = initial(config.palette_source, Generator)
                 drawings = first_pictures(self.datasets[0], PALETTE_DRAWINGS)
-                synthesis = frozen(source).to(accelerator.device).synthesis
-                self.palette = Palette(synthesis, ws, drawings).to(accelerator.device)
+                self.palette = Palette(self.source, ws, drawings).to(accelerator.device)
+            if config.paired_weight:
+                self.pairs = paired_pictures(self.datasets[0], len(ws), config)
             if below and config.style_limit is not None:  # as translations will limit them
                 self.latents = StyleLimit(self.generator, below, config.style_limit)(ws)
 
@@ -294,18 +308,28 @@ class StyleGan2Training(AdversarialTraining):
                 mean, log_variance = self.variational(real)
                 code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
                 code = torch.cat([code, z]) if weight else code
-                fake, _ = self.synthesise(code, draw, unmixed=len(real))
+                fake, ws, _ = self.synthesise(code, draw, unmixed=len(real))
                 logs |= self.reconstruction_terms(real, fake[: len(real)], mean, log_variance)
                 loss = loss + config.reconstruction_weight * logs["reconstruction"]
-            elif weight:
-                fake, chosen = self.synthesise(z, draw)
+            elif weight or self.pairs is not None:
+                fake, ws, chosen = self.synthesise(z, draw)
+                if self.pairs is not None:
+                    wanted = to_float(self.pairs[chosen.cpu()]).to(fake.device)
+                    terms, difference = self.difference(wanted, fake[len(fake) - len(chosen) :])
+                    logs |= terms
+                    loss = loss + config.paired_weight * difference
                 if self.palette is not None:
                     logs["palette"] = self.palette(fake[len(fake) - len(chosen) :], chosen).mean()
                     loss = loss + config.palette_weight * logs["palette"]
             if weight:
+                again = replace(draw, rng=draw.rng.clone_state())  # for the same augmentations
                 view = self.view(draw, fake)
                 logs["g"] = self.generator_loss(view)
                 loss = loss + weight * logs["g"]
+                if config.constancy_weight or config.adaptive_weight:
+                    terms = self.photo_terms(fake, ws, view, again)
+                    logs |= terms
+                    loss = loss + sum(getattr(config, f"{k}_weight") * terms[k] for k in terms)
         self.accelerator.backward(loss)
         if config.path_length_weight and step % PATH_INTERVAL == 0 and weight:
             logs |= self.path_length_step(draw)
@@ -314,24 +338,68 @@ class StyleGan2Training(AdversarialTraining):
             self.state.update("variational")
         return logs, [part.detach() for part in view]
 
+    def reconstructed(self) -> list[Tensor]:
+        pictures = first_pictures(self.datasets[0], 6).to(self.accelerator.device)
+        if self.variational is not None:
+            again = self.average(self.variational.eval()(pictures)[0])
+            self.variational.train()
+        elif self.pairs is not None:
+            assert self.latents is not None
+            numbers = torch.arange(len(pictures)) * len(self.latents) // len(pictures)
+            again = self.average.synthesis(self.latents[numbers])
+        else:
+            return []
+        return [torch.stack([pictures, again], dim=1).flatten(0, 1)]
+
     def reconstruction_terms(
         self, real: Tensor, made: Tensor, mean: Tensor, log_variance: Tensor
     ) -> dict[str, Tensor]:
         """The terms of the variational autoencoder's loss and, as "reconstruction", their sum."""
-        config, l1 = self.config, (real - made).abs().mean()
-        terms = {"l1": l1, "kl": kl_to_prior(mean, log_variance).mean()}
-        total = config.l1_weight * terms["l1"] + config.kl_weight * terms["kl"]
+        terms, difference = self.difference(real, made)
+        kl = kl_to_prior(mean, log_variance).mean()
+        return terms | {"kl": kl, "reconstruction": difference + self.config.kl_weight * kl}
+
+    def photo_terms(
+        self, fake: Tensor, ws: Tensor, view: list[Tensor], draw: Draw
+    ) -> dict[str, Tensor]:
+        """How far drawings are from the photos of the same ws (B, L, D): in the features of a
+        network, and in the discriminator's, of their `view` and of one of the photos with `draw`'s
+        augmentations."""
+        terms = {}
+        with torch.no_grad():
+            photos = self.source(ws)
+        if self.network is not None:
+            terms["constancy"] = constancy(self.network, fake, photos).mean()
+        if self.config.adaptive_weight:
+            self.discriminator.eval()  # no further power iteration of its spectral norms
+            with torch.no_grad():
+                wanted = self.learned(self.view(draw, photos))
+            terms["adaptive"] = perceptual_distance(self.learned(view), wanted).mean()
+            self.discriminator.train()
+        return terms
+
+    def learned(self, view: list[Tensor]) -> list[Tensor]:
+        """Maps of the discriminator's own layers, of what `view` returned."""
+        if self.projected:
+            return self.discriminator.learned(view)
+        return self.discriminator.features(view[0])
+
+    def difference(self, real: Tensor, made: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """How much pictures (B, 3, R, R) differ: the terms, and their weighted sum."""
+        config = self.config
+        terms = {"l1": (real - made).abs().mean()}
+        total = config.l1_weight * terms["l1"]
         if self.perceptual is not None:
             with torch.no_grad():
                 wanted = self.perceptual(real)
             terms["perceptual"] = perceptual_distance(self.perceptual(made), wanted).mean()
             total = total + config.perceptual_weight * terms["perceptual"]
-        return terms | {"reconstruction": total}
+        return terms, total
 
-    def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> tuple[Tensor, Tensor]:
+    def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, Z) -> images (B, 3, R, R) with random noise maps; moves the mean of w. All but the
-        first `unmixed` get style mixing, the second half of them given latents in place of z, whose
-        numbers are returned too."""
+        first `unmixed` get style mixing, the second half of them (with pairs: all) given latents in
+        place of z. Returns the ws of their photos and the numbers of the given latents, too."""
         generator = self.generator
         w = generator.mapping(z)  # (B, D)
         if not self.config.freeze_generator_below:
@@ -344,13 +412,16 @@ class StyleGan2Training(AdversarialTraining):
         if self.config.style_mixing:
             mixed = mix_styles(ws, ws.roll(1, 0), self.config.style_mixing, draw.own_rng())
             ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
-        chosen = torch.zeros(0, dtype=torch.long, device=ws.device)
-        if self.latents is not None:
-            count = (len(ws) - unmixed) // 2
+        drawn, chosen = ws, torch.zeros(0, dtype=torch.long, device=ws.device)
+        if self.latents is not None and self.found is not None:
+            count = (len(ws) - unmixed) // (2 if self.pairs is None else 1)
             chosen = torch.randint(len(self.latents), (count,), generator=draw.own_rng())
             chosen = chosen.to(ws.device)
-            ws = torch.cat([ws[: len(ws) - count], self.latents[chosen].to(ws.dtype)])
-        return generator.synthesis(ws, "random"), chosen
+            drawn, ws = (
+                torch.cat([ws[: len(ws) - count], given[chosen].to(ws.dtype)])
+                for given in (self.latents, self.found)
+            )
+        return generator.synthesis(drawn, "random"), ws, chosen
 
     def path_length_step(self, draw: Draw) -> dict[str, Tensor]:
         """Adds the gradients of the path-length penalty on half a batch (Karras et al. 2020,
@@ -377,6 +448,17 @@ class StyleGan2Training(AdversarialTraining):
         penalty = r1_penalty(self.discriminator(picture), picture).mean()
         self.accelerator.backward(penalty * self.config.r1_gamma * R1_INTERVAL)
         return {"r1": penalty}
+
+
+def paired_pictures(data: Pictures, latents: int, config: StyleGan2Options) -> Tensor:
+    """uint8 (N, 3, R, R); ValueError unless there are as many as latents, all in memory."""
+    if isinstance(data, PictureTensor) and len(data) == latents:
+        return data.pictures
+    count = "a stream" if isinstance(data, PictureStream) else f"{len(data)} pictures"
+    raise ValueError(
+        f"{config.data} is {count} and {config.latents} has {latents} latents, which do not pair; "
+        "give both as generators.filters writes them."
+    )
 
 
 class Scores:

@@ -2,7 +2,7 @@
 
     graph = Graph(torch.float32)
     ws = graph.input("ws", ("B", face.num_ws, face.w_dim))
-    anime, reconstruction = synthesis(graph, SwappedSynthesis(face, anime, 16), ws, both=True)
+    drawn = synthesis(graph, SwappedSynthesis(face, anime, 16), ws, both=True)    # {name: value}
     model = graph.model({"ws": …})                       # an onnx.ModelProto, of any batch size
 
 The numbers are those of `generators.stylegan2` to rounding. The form is the fastest found for ONNX
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generators.blocks import SwappedSynthesis
+from generators.blocks import RECONSTRUCTION, SwappedSynthesis
 from generators.latents import SHARED, StyleLimit
 from generators.ops import LRELU_GAIN, LRELU_SLOPE, fir_kernel
 from generators.stylegan2 import SynthesisBlock, SynthesisLayer, SynthesisNetwork, ToRGB
@@ -68,7 +68,9 @@ class Graph:
     def __call__(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Adds a node; the name of its result, or a tuple of names."""
         names = [self.name(op.lower()) for _ in range(outputs)]
-        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), names, **attributes))
+        # named as its result: old versions of ONNX Runtime mix up what they make of nameless nodes
+        node = self.onnx.helper.make_node(op, list(inputs), names, names[0], **attributes)
+        self.nodes.append(node)
         return names[0] if outputs == 1 else tuple(names)
 
     def name(self, stem: str) -> str:
@@ -162,19 +164,26 @@ def synthesis(
     both: bool,
     colours: str = "",  # a number as in the network's call; none: 0
     swap_resolution: int | None = None,  # None: the network's own
-) -> list[str]:
-    """ws (B, L, D) -> [anime] or [anime, reconstruction], each (B, 3, R, R) float32 in [-1, 1]."""
+    styles: Sequence[str] | None = None,  # None: all
+    drawing_ws: str = "",  # (B, L, D) of the drawn blocks; none: `ws`
+) -> dict[str, str]:
+    """ws (B, L, D) -> {style: (B, 3, R, R)} and, with `both`, the reconstruction, float32 in
+    [-1, 1]; the early blocks are there once."""
     swap = network.swap_resolution if swap_resolution is None else swap_resolution
-    drawn = limited(graph, network.limit, ws, network.limit.first_of[swap], colours)
+    first = network.limit.first_of[swap]
+    drawn = limited(graph, network.limit, drawing_ws or ws, first, colours)
     x = image = ""
     for r in (r for r in network.resolutions if r < swap):
         x, image = block(graph, network.face, r, x, image, ws)
-    pictures = []
-    for part, styles in ((network.anime, drawn), (network.face, ws))[: 1 + both]:
+    names = network.styles if styles is None else styles
+    parts = [(name, network.tail(name), drawn) for name in names]
+    parts += [(RECONSTRUCTION, network.face, ws)] if both else []
+    pictures = {}
+    for name, part, codes in parts:
         y, picture = x, image
         for r in (r for r in network.resolutions if r >= swap):
-            y, picture = block(graph, part, r, y, picture, styles)
-        pictures.append(clipped(graph, picture, 1.0))
+            y, picture = block(graph, part, r, y, picture, codes)
+        pictures[name] = clipped(graph, picture, 1.0)
     return pictures
 
 

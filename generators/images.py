@@ -225,17 +225,24 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     return to_pil(rearrange(images, "(r k) c h w -> c (r h) (k w)", k=columns))
 
 
-def labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+def labelled(
+    picture: Image.Image, labels: Sequence[str], rows: Sequence[str] = ()
+) -> Image.Image:
     """The picture with a line of text above each of len(labels) columns of equal width, in the
-    largest letters of 8 to 16 px that let all of them fit."""
+    largest letters of 8 to 16 px that let all of them fit, and one to the left of each row."""
     width = picture.width / len(labels)
     longest = max(1.0, *(ImageFont.load_default(16).getlength(label) for label in labels))
     size = max(8.0, min(16.0, 16 * 0.95 * width / longest))
-    result = Image.new("RGB", (picture.width, picture.height + round(1.6 * size)), "white")
-    result.paste(picture, (0, result.height - picture.height))
-    font, draw = ImageFont.load_default(size), ImageDraw.Draw(result)
+    font = ImageFont.load_default(size)
+    left = round(max((font.getlength(row) for row in rows), default=-size) + size)
+    result = Image.new("RGB", (left + picture.width, picture.height + round(1.6 * size)), "white")
+    result.paste(picture, (left, top := result.height - picture.height))
+    draw = ImageDraw.Draw(result)
     for i, label in enumerate(labels):
-        draw.text(((i + 0.5) * width, 0.8 * size), label, "black", font, anchor="mm")
+        draw.text((left + (i + 0.5) * width, 0.8 * size), label, "black", font, anchor="mm")
+    for i, row in enumerate(rows):
+        y = top + (i + 0.5) * picture.height / len(rows)
+        draw.text((left - size / 2, y), row, "black", font, anchor="rm")
     return result
 
 

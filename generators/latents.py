@@ -9,8 +9,9 @@ Shape letters: B batch, N latents of a file or samples, L layers of w+, D dimens
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from generators.command import printable
 from generators.dcgan import DcganGenerator
 from generators.disk import find_files, write_atomically
+from generators.ops import Linear
 from generators.runs import seed_of
 from generators.stylegan2 import Generator
 from generators.tensors import read_weights
@@ -95,6 +97,16 @@ def slerp(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
     second = torch.where(curved, (t * angle).sin() / sine, t)
     length = torch.lerp(length_a, length_b, t)
     return first * (length / length_a) * a + second * (length / length_b) * b
+
+
+def affines(generator: Generator) -> Iterator[tuple[int, Linear]]:
+    """(layer of w+, map) of each affine map from w to styles."""
+    for i, r in enumerate(generator.config.block_resolutions):
+        block = generator.synthesis.get_submodule(f"b{r}")
+        for name, layer in (("conv0", 2 * i - 1), ("conv1", 2 * i), ("torgb", 2 * i + 1)):
+            if layer >= 0:  # the first block has no conv0
+                affine: Any = block.get_submodule(f"{name}.affine")
+                yield layer, affine
 
 
 # ----------------------------------------------------------------------- the spread of w

@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 from generators import checkpoint
 from generators.blocks import freeze_discriminator, freeze_generator
+from generators.cyclegan import (
+    CycleGenerator,
+    CycleGeneratorConfig,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+)
 from generators.dcgan import (
     DcganConfig,
     DcganDiscriminator,
@@ -27,7 +33,7 @@ from generators.dcgan import (
 )
 from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.distances import SPACES
-from generators.features import FeaturePyramid
+from generators.features import WHEEL_MODEL, FeaturePyramid
 from generators.loop import RunConfig
 from generators.projected import ProjectedConfig, ProjectedDiscriminator, learning_part
 from generators.runs import check_numbers, seed_of
@@ -36,12 +42,14 @@ from generators.superres import SuperResolution, SuperResolutionConfig
 
 # learning rates of generator and discriminator, unless told otherwise
 USUAL = {"projected": (4e-4, 1e-3), "residual": (2e-3, 2e-3)}
+PULLS = ("palette_weight", "constancy_weight", "adaptive_weight")  # of drawings to photos
+DISCRIMINATORS = ("drawing_discriminator", "photo_discriminator")  # of a CycleGAN
 PATCH = 96  # side of the pictures that super-resolution is trained on, where they are as large
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions(RunConfig):
-    """What trainings of all three architectures are told."""
+    """What trainings of all architectures are told."""
 
     images: int = 100_000  # real pictures seen in all
     batch_size: int = 16  # pictures of one process in one step
@@ -122,8 +130,13 @@ class StyleGan2Options(AdversarialOptions):
     style_mixing: float = 0.0  # probability; 0.9 in the paper
     latents: Path | None = None  # file or folder of ws, an encoder's of photos: half of the fakes
     style_limit: float | None = None  # of these, where translations have one; None: as found
-    palette_weight: float = 0.0  # of the pull of these fakes to their photo's light and colours
-    palette_source: str | None = None  # the generator of these photos, for that
+    source: str | None = None  # generator of the photos that the fakes of the same w are pulled to:
+    palette_weight: float = 0.0  # in light and colours, those at --latents
+    constancy_weight: float = 0.0  # in the features of a network (DTN)
+    constancy_network: str = WHEEL_MODEL  # timm's, with --feature-weights; or an encoder: its own
+    constancy_levels: tuple[int, ...] = (2,)  # of it; level i has about R / 2^(i+1) pixels a side
+    adaptive_weight: float = 0.0  # in the features of the discriminator as it learns (DIAT-A)
+    paired_weight: float = 0.0  # > 0: the i-th of --latents is to give the i-th picture of --data
 
     reconstruction_weight: float = 0.0  # > 0: the generator also decodes a variational autoencoder
     warmup_images: int = 20_000  # with reconstruction: pictures before the adversary joins
@@ -144,7 +157,7 @@ class StyleGan2Options(AdversarialOptions):
         super().__post_init__()
         lengths = ("freeze_generator_below", "freeze_discriminator_blocks", "warmup_images")
         weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight",
-                   "palette_weight")  # fmt: skip
+                   "paired_weight", *PULLS)  # fmt: skip
         others = ("adversarial_ramp", "r1_gamma", "path_length_weight", "reconstruction_images")
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
@@ -154,12 +167,13 @@ class StyleGan2Options(AdversarialOptions):
         }
         check_numbers(self, ranges)
         _ = self.shape  # its own sentences
-        if self.reconstruction_weight == self.adversarial_weight == 0:
+        if not (self.reconstruction_weight or self.adversarial_weight or self.paired_weight):
             raise ValueError("Nothing is learnt; give --adversarial-weight a number above 0.")
-        if self.palette_weight and (self.latents is None or self.palette_source is None):
+        self.check_pulls()
+        if self.paired_weight and (self.latents is None or self.reconstruction_weight):
             raise ValueError(
-                "--palette-weight needs the photos' latents and the generator that draws them; "
-                "give --latents and --palette-source."
+                "--paired-weight needs the latents of the pictures, and is instead of "
+                "--reconstruction-weight; give --latents, as generators.filters writes them."
             )
         if self.freeze_generator_below and self.path_length_weight:
             raise ValueError(
@@ -167,6 +181,20 @@ class StyleGan2Options(AdversarialOptions):
             )
         if self.freeze_discriminator_blocks and self.discriminator != "residual":
             raise ValueError("--freeze-discriminator-blocks needs --discriminator residual.")
+
+    def check_pulls(self) -> None:
+        """ValueError where a pull to photos lacks what it needs."""
+        object.__setattr__(self, "constancy_levels", tuple(self.constancy_levels))
+        for name in (name for name in PULLS if getattr(self, name)):
+            option = f"--{name.replace('_', '-')}"
+            if self.source is None:
+                raise ValueError(f"{option} needs the photos' generator; give --source.")
+            if name == "palette_weight" and self.latents is None:
+                raise ValueError(f"{option} needs the photos' latents; give --latents.")
+            if name != "palette_weight" and not self.adversarial_weight:
+                raise ValueError(f"{option} needs an --adversarial-weight above 0.")
+        if not self.constancy_levels or min(self.constancy_levels) < 0:
+            raise ValueError("--constancy-levels are one or more numbers of 0 or more.")
 
     @property
     def shape(self) -> GeneratorConfig:
@@ -251,6 +279,46 @@ class SuperresOptions(GeneratorOptions):
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CycleganOptions(GeneratorOptions):
+    """Two generators, from photos to drawings and back, and their patch discriminators."""
+
+    data: str  # photos: a folder, parquet, a saved Hugging Face data set, or hf:NAME
+    drawings: str  # the like, of drawings; no drawing belongs to a photo
+    init_inverse: str | None = None  # as --init, of the generator of photos
+    batch_size: int = 1  # photos, and as many drawings, of one process in one step
+    width: int = 16  # channels of the generators at full size; 64 in the paper
+    blocks: int = 6  # residual blocks of the generators; 6 in the paper at 128 pixels, 9 at 256
+    patch_width: int = 32  # channels of the discriminators' first layer; 64 in the paper
+    patch_halvings: int = 2  # their patches are 16, 34, 70 pixels for 1, 2, 3; 70 in the paper
+    lr: float = 2e-4  # of Adam, in all four; over the second half of --images it falls to 0
+    cycle_weight: float = 10.0  # of the mean absolute error there and back
+    identity_weight: float = 5.0  # of that of a network's own domain; the paper's 0.5 times cycle's
+    pool: int = 50  # pictures made earlier that the discriminators see; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranges = {
+            "of 1 or more": ("width", "patch_width", "patch_halvings"),
+            "of 0 or more": ("blocks", "cycle_weight", "identity_weight", "pool"),
+            "above 0": ("lr",),
+        }
+        check_numbers(self, ranges)
+        _ = self.shape  # its own sentence
+
+    @property
+    def shape(self) -> CycleGeneratorConfig:
+        """Of a generator from scratch."""
+        return CycleGeneratorConfig(self.resolution, self.width, self.blocks)
+
+    def sources(self, resolution: int) -> list[tuple[str, int]]:
+        return [(self.data, resolution), (self.drawings, resolution)]
+
+    def lr_at(self, seen: int) -> float:
+        """When that many photos were seen (Zhu et al. 2017, section 7.1)."""
+        return self.lr * min(1.0, 2 - 2 * seen / self.images)
+
+
 class RunningMean(nn.Module):
     """The mean path length, with a memory of about a hundred penalties; part of a checkpoint."""
 
@@ -267,7 +335,12 @@ def build(config: GeneratorOptions) -> dict[str, Any]:
     """The trained networks at step 0 by role, the same in every process."""
     torch.manual_seed(seed_of(config.seed, "weights"))  # no z of a user is a row of a weight
     builders: dict[type, Callable[[Any], dict[str, Any]]]
-    builders = {StyleGan2Options: stylegan2, DcganOptions: dcgan, SuperresOptions: superres}
+    builders = {
+        StyleGan2Options: stylegan2,
+        DcganOptions: dcgan,
+        SuperresOptions: superres,
+        CycleganOptions: cyclegan,
+    }
     trained = builders[type(config)](config)
     for network in trained.values():
         network.train()
@@ -313,6 +386,14 @@ def dcgan(config: DcganOptions) -> dict[str, Any]:
 def superres(config: SuperresOptions) -> dict[str, Any]:
     network = initial(config.init, SuperResolution)
     return {"generator": network or SuperResolution(SuperResolutionConfig())}
+
+
+def cyclegan(config: CycleganOptions) -> dict[str, Any]:
+    generator: Any = initial(config.init, CycleGenerator) or CycleGenerator(config.shape)
+    inverse: Any = initial(config.init_inverse, CycleGenerator) or CycleGenerator(generator.config)
+    patches = PatchDiscriminatorConfig(config.patch_width, config.patch_halvings)
+    judges = {name: PatchDiscriminator(patches) for name in DISCRIMINATORS}
+    return {"generator": generator, "inverse": inverse} | judges
 
 
 def initial(source: str | None, network_class: type[nn.Module]) -> Any:

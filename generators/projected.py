@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,12 @@ class ProjectedDiscriminator(nn.Module):
             coarser = self.across_scales[i](x)
             mixed.insert(0, coarser)
         return mixed
+
+    def learned(self, mixed: Sequence[Tensor]) -> list[Tensor]:
+        """Maps of `features` -> what each head makes of its own first, (B, C_i, h, w): all before
+        it is frozen, and of its last map the logits are linear."""
+        heads: Any = self.heads
+        return [net[:3](x) for net, x in zip(heads, mixed, strict=True)]
 
     def judge(self, mixed: Sequence[Tensor]) -> Tensor:
         """Maps of `features` -> logits (B, N)."""

@@ -11,7 +11,7 @@ Shape letters: B batch, Z z dimension, R resolution.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -55,12 +55,13 @@ class Draw:
 
 
 class GeneratorTraining(Training):
-    """What all three have in common: data sets in turn, the generator and its moving average."""
+    """What all have in common: data sets in turn, the generator and its moving average."""
 
     config: GeneratorOptions
     changeable = (*Training.changeable, "images")
+    averaged: ClassVar[tuple[str, ...]] = ("generator",)  # written at the end
     best_of = "kid"
-    shown = ("l1", "superres", "g", "d", "d_real", "d_fake", "ada_p")
+    shown: ClassVar[tuple[str, ...]] = ("l1", "superres", "g", "d", "d_real", "d_fake", "ada_p")
 
     def __init__(self, config: GeneratorOptions, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -72,10 +73,10 @@ class GeneratorTraining(Training):
         self.datasets = [open_dataset(data, size) for data, size in config.sources(resolution)]
         self.prepare(networks)
         self.state = TrainingState(
-            accelerator, networks | self.counters(), self.optimisers(networks), ("generator",)
+            accelerator, networks | self.counters(), self.optimisers(networks), self.averaged
         )
         self.average: Any = self.state.averages["generator"]
-        self.outputs = {"generator": self.average}
+        self.outputs = dict(self.state.averages)
         if "discriminator" in networks:
             self.outputs["discriminator"] = networks["discriminator"]
 

@@ -194,13 +194,13 @@ class SynthesisBlock(nn.Module):
 
 
 class SynthesisNetwork(nn.Module):
-    """ws (B, L, D) -> images (B, 3, R, R); children b4, b8, … bR."""
+    """ws (B, L, D) -> images (B, 3, R, R); children b4, b8, … bR, or from `first` on."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, first: int = 4) -> None:
         super().__init__()
         self.resolutions = config.block_resolutions
         channels = {2: 0} | config.channels
-        for r in self.resolutions:
+        for r in (r for r in self.resolutions if r >= first):
             block = SynthesisBlock(
                 channels[r // 2], channels[r], config.w_dim, r, config.conv_clamp
             )

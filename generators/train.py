@@ -1,4 +1,5 @@
-"""Train a generator from scratch, fine-tune one with frozen blocks, or train super-resolution.
+"""Train a generator from scratch, fine-tune one with frozen blocks, train super-resolution or a
+CycleGAN.
 
     # small compute: decoder of a variational autoencoder first, then a projected discriminator
     accelerate launch -m generators.train stylegan2 --data faces.parquet --output runs/face64 \\
@@ -13,18 +14,22 @@
         --channel-base 16384 --channel-max 512 --discriminator residual --augment ada \\
         --path-length-weight 2 --style-mixing 0.9
     accelerate launch -m generators.train dcgan --data faces.parquet --output runs/d
+    # the baseline for translation, photos to drawings and back
+    accelerate launch -m generators.train cyclegan --data faces.parquet --drawings anime.parquet \\
+        --output runs/c
     accelerate launch -m generators.train superres --output runs/superres \\
         --data faces.parquet@256 anime.parquet@96
 
 Resume is the same command; Ctrl-C and SIGTERM leave a checkpoint. The end of a run writes
-RUN/generator.safetensors (the moving average) and RUN/discriminator.safetensors; with --eval-data
+RUN/generator.safetensors (the moving average) and RUN/discriminator.safetensors, for a CycleGAN
+RUN/inverse.safetensors; with --eval-data
 also RUN/best.safetensors (the average of lowest KID) and RUN/scores.json (the truncation curve,
 precision and recall of both). On CPU,
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment makes training several
 times faster: the allocator then keeps its pages.
 
 Options and networks: `generators.networks`; what a step does: `generators.gan`,
-`generators.steps`.
+`generators.cycles`, `generators.steps`.
 """
 
 import sys
@@ -35,15 +40,23 @@ from accelerate import Accelerator
 from tyro.conf import subcommand
 
 from generators.command import command
+from generators.cycles import CycleganTraining
 from generators.gan import DcganTraining, StyleGan2Training
 from generators.loop import Training, make_accelerator, run
-from generators.networks import DcganOptions, GeneratorOptions, StyleGan2Options, SuperresOptions
+from generators.networks import (
+    CycleganOptions,
+    DcganOptions,
+    GeneratorOptions,
+    StyleGan2Options,
+    SuperresOptions,
+)
 from generators.steps import SuperresTraining
 
 Options = (
     Annotated[StyleGan2Options, subcommand("stylegan2")]
     | Annotated[DcganOptions, subcommand("dcgan")]
     | Annotated[SuperresOptions, subcommand("superres")]
+    | Annotated[CycleganOptions, subcommand("cyclegan")]
 )
 
 
@@ -56,6 +69,7 @@ def train(config: GeneratorOptions, cpu: bool = False) -> None:
         StyleGan2Options: StyleGan2Training,
         DcganOptions: DcganTraining,
         SuperresOptions: SuperresTraining,
+        CycleganOptions: CycleganTraining,
     }
     run(trainings[type(config)](config, make_accelerator(config, cpu)))
 

@@ -116,22 +116,31 @@ def test_backends_take_turns(config, tmp_path, monkeypatch):
             assert 0 < row["cpu_ms"] and 0 < row["p50_ms"] <= row["p95_ms"]
 
 
+def test_styles_take_turns_with_as_many_passes(config):
+    rows = latency.measure_styles(replace(config, styles=2), "torch", 16, 2)
+    assert [row["stage"] for row in rows] == ["1 styles", "1 passes", "2 styles", "2 passes"]
+    for styles, passes in zip(rows[::2], rows[1::2], strict=True):
+        assert passes["of_passes"] == 1
+        assert styles["of_passes"] == round(styles["p50_ms"] / passes["p50_ms"], 3)
+
+
 def test_other_resolutions_have_random_weights(config):
+    before = common.peak_memory_mb()  # of this process, whatever tests it has seen
     for variant in ("contiguous", "channels_last"):
         row = latency.row_of(config, latency.Job("both", 32, 2, variant))
         assert row["weights"] == "random weights" and row["resolution"] == 32
-        check(row, 2, 0)
+        check(row, 2, before - 1)
 
 
 def test_a_compiled_row_says_its_difference_or_why_it_has_no_times(config, monkeypatch):
     job = latency.Job("both", 16, 1, "compiled")
     offsets: list[float] = []  # of the compiled network's calls, in turn
 
-    def compile(module, fullgraph):
+    def compile(draw, fullgraph):
         assert fullgraph
-        module.register_forward_hook(lambda _, x, y: tuple(z + offsets.pop(0) for z in y))
+        return lambda *x, **how: {k: y + offsets.pop(0) for k, y in draw(*x, **how).items()}
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    monkeypatch.setattr(torch, "compile", compile)
     offsets += [0.0] * 100
     row = latency.row_of(config, job)
     assert row["difference"] == 0 and row["p50_ms"] > 0
@@ -141,13 +150,13 @@ def test_a_compiled_row_says_its_difference_or_why_it_has_no_times(config, monke
     offsets[:] = [float("nan")] * 4
     assert "second call is nan off" in latency.row_of(config, job)["reason"]
 
-    def no_compiler(module, fullgraph):
-        def fail(*_):
+    def no_compiler(draw, fullgraph):
+        def fail(*_, **__):
             raise RuntimeError("no /usr/bin/g++ here\nand more")
 
-        module.register_forward_pre_hook(fail)
+        return fail
 
-    monkeypatch.setattr(torch.nn.Module, "compile", no_compiler)
+    monkeypatch.setattr(torch, "compile", no_compiler)
     row = latency.row_of(config, job)
     assert row["reason"] == "does not compile: RuntimeError, no g++ here" and "p50_ms" not in row
 

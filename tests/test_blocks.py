@@ -188,8 +188,8 @@ def test_only_the_late_blocks_of_anime_see_limited_styles(face, anime, ws):
 def test_the_shared_trunk_is_computed_once(face, anime, ws, both):
     synthesis = SwappedSynthesis(face, anime, 16)
     calls: Counter[str] = Counter()
-    for side in ("face", "anime"):
-        for name, block in getattr(synthesis, side).named_children():
+    for side, part in (("face", synthesis.face), ("anime", synthesis.tail("anime"))):
+        for name, block in part.named_children():
             block.register_forward_hook(lambda *_, key=f"{side}.{name}": calls.update([key]))
     synthesis(ws, both=both)
     expected = {"face.b4": 1, "face.b8": 1, "anime.b16": 1}

@@ -3,6 +3,7 @@
 pytest tests/test_docs.py
 """
 
+import io
 import re
 import runpy
 import shlex
@@ -10,14 +11,18 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 import tyro
 
-from generators.checkpoint import BUNDLED
+from generators.checkpoint import BUNDLED, load
+from generators.images import to_pil
+from generators.stylegan2 import Generator
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,12 +31,13 @@ RUN = (  # to their end, by their first words; all others train or search for lo
     "python infer.py",
     "python -m encoder.prepare --data photos.zip",
     "python -m encoder.prepare --data crops.parquet",
+    "python -m encoder.edit directions --output pcs.safetensors",
     "python -m encoder.recipes interpolate",
     "python -m generators.blocks",
     "python -m generators.checkpoint",
     "python -m generators.convert 550000.pt",
 )
-NOT_RUN = ("webcam", "clip", "onnxruntime")  # needs a camera, a film, an export: tested elsewhere
+NOT_RUN = ("webcam", "clip", "onnxruntime", "mine=")  # camera, film, export, style of one's own
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 LAUNCHERS = r"^(?:accelerate launch|torchrun --nproc-per-node 2) "  # what they start is parsed
 
@@ -66,6 +72,16 @@ def execute(command: str) -> None:
         runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
+@cache
+def a_drawing() -> bytes:
+    anime = load(BUNDLED["anime64"], Generator)
+    with torch.no_grad():
+        images = anime(torch.randn(1, anime.z_dim, generator=torch.Generator().manual_seed(1)), 0.7)
+    file = io.BytesIO()
+    to_pil(images[0].clamp(-1, 1)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The working folder, with what the commands name: bundled networks and small pictures."""
@@ -79,6 +95,9 @@ def folder(tmp_path, monkeypatch) -> Path:
         shutil.copy(example, tmp_path / name / "a.jpg")
     for name in ("me.jpg", "a.jpg", "b.jpg"):
         shutil.copy(example, tmp_path / name)
+    (tmp_path / "drawings").mkdir()
+    for name in ("drawing.png", "drawings/a.png", "drawings/b.png"):
+        (tmp_path / name).write_bytes(a_drawing())
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.write(example, "a.jpg")
     data = {"image": [{"bytes": example.read_bytes(), "path": None}]}

@@ -13,9 +13,19 @@ import torch
 from pictures import photo
 
 from encoder import engines
-from encoder.engines import Synthesis, choose, encoder_of, graph_of, key_of, synthesis_of, use_in
+from encoder.engines import (
+    Synthesis,
+    choose,
+    encoder_of,
+    engine_of,
+    graph_of,
+    key_of,
+    synthesis_of,
+    use_in,
+)
 from encoder.model import Encoder, EncoderConfig
-from encoder.pipeline import Drawing, Translator
+from encoder.options import Drawing
+from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import save
 
@@ -160,10 +170,10 @@ def test_few_pictures_leave_the_encoder_to_torch(encoder, tmp_path, monkeypatch,
 def test_a_damaged_graph_is_written_anew(face, anime, ws, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GAN_INVERT_CACHE", str(tmp_path))
     network = SwappedSynthesis(face, anime, 8)
-    wanted = Synthesis(network, OTHERS[0], 1)(ws)
+    wanted = Synthesis(network, OTHERS[0], 1).draw(ws)["anime"]
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:1000])
-    assert torch.equal(synthesis_of(network, OTHERS[0], 1)(ws), wanted)
+    assert torch.equal(synthesis_of(network, OTHERS[0], 1).draw(ws)["anime"], wanted)
     assert file.stat().st_size > 1000
 
 
@@ -176,8 +186,8 @@ def test_commands_wait_for_an_export_only_where_it_pays(face, tmp_path, monkeypa
     threads = torch.get_num_threads()
     options = {"face_generator": str(tmp_path / "face.safetensors")}
     auto, asked = Drawing(**options), Drawing(**options, backend="openvino", threads=2)
-    assert auto.engine(CPU) == {"backend": engines.FASTEST, "threads": 1, "export": True}
-    assert auto.engine(CPU, few=True)["export"] is False
-    assert auto.engine(CPU, torch.bfloat16, few=True)["backend"] == "torch"
-    assert asked.engine(CPU, few=True) == {"backend": "openvino", "threads": 2, "export": True}
+    assert engine_of(auto, CPU) == {"backend": engines.FASTEST, "threads": 1, "export": True}
+    assert engine_of(auto, CPU, few=True)["export"] is False
+    assert engine_of(auto, CPU, torch.bfloat16, few=True)["backend"] == "torch"
+    assert engine_of(asked, CPU, few=True) == {"backend": "openvino", "threads": 2, "export": True}
     torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ from encoder.align import Aligner
 from encoder.model import Encoder, EncoderConfig
 from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis
-from generators.checkpoint import save
+from generators.checkpoint import BUNDLED, save
 from generators.disk import write_atomically
 from generators.images import resize
 from generators.stylegan2 import GeneratorConfig
@@ -195,7 +195,7 @@ def test_absent_weights_stop_only_those_who_enlarge(
     models, photos, tmp_path, out, capsys, monkeypatch
 ):
     absent = tmp_path / "superres64.safetensors"
-    monkeypatch.setitem(infer.checkpoint.BUNDLED, "superres64", absent)
+    monkeypatch.setitem(BUNDLED, "superres64", absent)
     options = [*models, "--superres", "superres64"]
     assert run(photos, out, *options, "--size", "64") == 2
     error = capsys.readouterr().err
@@ -359,7 +359,7 @@ def test_a_result_that_cannot_be_written_fails_alone(models, photos, out, capsys
             raise OSError(28, "No space left on device", str(path))
         write_atomically(path, write)
 
-    monkeypatch.setattr("encoder.infer.write_atomically", full)
+    monkeypatch.setattr("encoder.pictures.write_atomically", full)
     assert run(photos, out, *models) == 1
     assert [line["status"] for line in manifest(out)] == ["ok"] * 3 + ["failed"] * 4
     assert files(out) == {"a.png", "b.png", "c.png", "manifest.jsonl"}
@@ -382,14 +382,13 @@ def test_a_generator_of_nans_is_refused_before_anything_is_written(
 
 
 def test_a_picture_of_nans_is_no_result(models, photos, out, capsys, monkeypatch):
-    def damaged(self, ws, reconstruction=False):
-        anime, rest = draw(self, ws, reconstruction)
-        anime = anime.clone()
-        anime[1] = float("nan")
-        return anime, rest
+    def damaged(self, ws, *how, **options):
+        made = {name: images.clone() for name, images in draw(self, ws, *how, **options).items()}
+        made["anime"][1] = float("nan")
+        return made
 
-    draw = Translator.synthesise
-    monkeypatch.setattr(Translator, "synthesise", damaged)
+    draw = Translator.drawings
+    monkeypatch.setattr(Translator, "drawings", damaged)
     assert run(photos, out, *models) == 1
     said = capsys.readouterr().err
     assert "6 of 7 pictures translated" in said
@@ -432,7 +431,7 @@ def test_an_interrupted_command_goes_on(models, photos, tmp_path, capsys, monkey
             write_atomically(path, write)
 
         out = tmp_path / f"cut{moment}"
-        for module in ("encoder.infer", "generators.latents"):
+        for module in ("encoder.pictures", "generators.latents"):
             monkeypatch.setattr(f"{module}.write_atomically", stop)
         assert run(photos, out, *options) == 130
         said = capsys.readouterr().err

@@ -351,8 +351,9 @@ def test_two_processes_resume_exactly(training, world, tmp_path):
 
 def test_a_dead_process_ends_the_other_with_a_sentence(world, tmp_path):
     argv = kill.arguments("encoder", world, tmp_path / "run", steps=100_000)
+    patient = ["--monitor-interval", "5"]  # seconds; else the launcher may end the other one first
     launched = subprocess.Popen(
-        [*LAUNCH, str(ROOT / "train_encoder.py"), *argv],
+        [*LAUNCH, *patient, str(ROOT / "train_encoder.py"), *argv],
         env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

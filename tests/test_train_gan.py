@@ -282,7 +282,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(config, tmp_path):
     ("changes", "sentence"),
     [
         ({"freeze_generator_below": 8, "path_length_weight": 2}, "--path-length-weight 0"),
-        ({"palette_weight": 1.0}, "--latents and --palette-source"),
+        ({"palette_weight": 1.0}, "--palette-weight needs the photos. generator; give --source"),
         (
             {"discriminator": "projected", "freeze_discriminator_blocks": 1},
             "needs --discriminator residual",
@@ -348,7 +348,7 @@ def test_a_fine_tune_follows_the_palette(config, tmp_path):
     save_file({"ws": torch.randn(8, 6, 8)}, tmp_path / "ws.safetensors")
     pulled = replace(
         config, output=tmp_path / "pulled", init=source, freeze_generator_below=8, images=160,
-        latents=tmp_path / "ws.safetensors", palette_weight=10.0, palette_source=source,
+        latents=tmp_path / "ws.safetensors", palette_weight=10.0, source=source,
         reconstruction_weight=0, adversarial_weight=1e-6, generator_lr=1e-2,
     )  # fmt: skip
     train.train(pulled, cpu=True)

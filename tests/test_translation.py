@@ -18,6 +18,7 @@ from torch import Tensor
 from encoder.metrics import LUMA
 from encoder.model import Encoder, EncoderConfig
 from generators.checkpoint import save
+from generators.data import named_pictures
 from generators.features import FeaturePyramid, perceptual_distance
 from generators.images import open_image, resize, to_pil
 
@@ -113,17 +114,17 @@ def folders(tmp_path) -> tuple[Path, Path]:
 def test_outputs_are_matched_by_name(folders):
     photos, made = folders
     photo(9).save(made / "extra.png")  # more than asked for is no error
-    names, inputs = translation.read_inputs(str(photos), 4, 16)
+    names, inputs = named_pictures(str(photos), 4, 16)
     assert names == ["a/0", "a/2", "a/4", "a/6"] and inputs.shape == (4, 3, 16, 16)
     outputs = translation.read_outputs(made, names, 16)
     assert (inputs - outputs).abs().mean() < 0.35  # JPEG of noise
     assert (inputs - outputs.roll(1, 0)).abs().mean() > 0.35
-    assert len(translation.read_inputs(str(photos), 100, 16)[0]) == 8
+    assert len(named_pictures(str(photos), 100, 16)[0]) == 8
 
 
 def test_names_that_do_not_match_are_listed(folders):
     photos, made = folders
-    names, _ = translation.read_inputs(str(photos), 8, 16)
+    names, _ = named_pictures(str(photos), 8, 16)
     (made / "a" / "3.png").rename(made / "a" / "three.png")
     with pytest.raises(ValueError, match=r"for 1 of 8 inputs: a/3; it has a/three instead"):
         translation.read_outputs(made, names, 16)
@@ -143,7 +144,7 @@ def test_rows_of_parquet_are_named_by_number(tmp_path):
         features=datasets.Features({"image": datasets.Image()}),
     )
     rows.to_parquet(tmp_path / "test.parquet")
-    names, inputs = translation.read_inputs(str(tmp_path / "test.parquet"), 3, 12)
+    names, inputs = named_pictures(str(tmp_path / "test.parquet"), 3, 12)
     assert names == ["0", "2", "4"]
     assert to_pil(inputs[1]).tobytes() == photo(2).tobytes()
 
@@ -200,7 +201,8 @@ def test_a_run_writes_figures_and_picture(arguments, tmp_path, capsys):
     assert set(figures) == {"fd", "kid", "kid_std", "precision", "recall"}
     assert report["counts"] == {"people": 5, "anime": 8, "resolution": 16}
     judges, table = report["markdown"].values()
-    assert len(judges) == len(table) == 3 + len(methods) and str(tmp_path) not in json.dumps(report)
+    assert len(judges) == 1 + len(table) == 4 + len(methods)
+    assert str(tmp_path) not in json.dumps(report)
     picture = open_image(tmp_path / "out" / "a.png")
     assert picture.width == len(methods) * 96 and picture.height > 5 * 96
     assert translation.main([*arguments, "--overwrite"]) == 0  # the same figures again
@@ -221,10 +223,20 @@ def test_judges_get_a_column_each_and_see_the_drawings_too(arguments, tmp_path, 
     for row in report["results"].values():
         assert set(row["drawn"]) == shares
         assert all(0 <= share <= 1 for share in row["drawn"].values())
-    header, _, drawings, photo_row, *_ = report["markdown"]["judges"]
+    header, _, drawings, chance, photo_row, *_ = report["markdown"]["judges"]
     assert "like eyes" in header and "hair: lightness slope" in header
     assert drawings.startswith("| drawings | – | – | 0.00 |")
-    assert photo_row.endswith("| 1.00 | 1.00 | 1.00 |")
+    assert chance.startswith("| chance | 20.0 | 100.0 |") and header.endswith("| ms a picture |")
+    assert "| 1.00 | 1.00 | 1.00 |" in photo_row and photo_row.endswith("| – |")  # nothing drew it
+
+
+def test_search_alone_is_a_method_and_methods_are_timed(arguments, capsys):
+    options = ["--refine-steps", "0", "--search-steps", "3", "--timed", "2"]
+    assert translation.main([*arguments, *options]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    drawn = ["n = 1", "n = 2", "n = 1, search 3", "n = 2, search 3"]
+    assert [name for name in results if "p50_ms" in results[name]] == drawn
+    assert results["n = 2, search 3"]["p50_ms"] > results["n = 2"]["p50_ms"] > 0
 
 
 def test_users_errors_are_a_sentence_and_exit_code_2(arguments, capsys):

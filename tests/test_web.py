@@ -26,9 +26,9 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from encoder import web  # noqa: E402
-from encoder.browser import Files, block_model, styles_model  # noqa: E402
+from encoder.browser import Files, block_model, styles_model, write_networks  # noqa: E402
 from encoder.geometry import ffhq_square, square_matrix, warp  # noqa: E402
-from generators.blocks import SwappedSynthesis  # noqa: E402
+from generators.blocks import SwappedSynthesis, swap  # noqa: E402
 from generators.checkpoint import save  # noqa: E402
 from generators.latents import LIMIT, truncate  # noqa: E402
 
@@ -168,9 +168,18 @@ def test_the_files_draw_what_torch_does_for_any_number_of_blocks(site, swap_reso
     image = torch.rand(1, 3, 16, 16) * 2 - 1
     found = Files(site / "onnx", [4, 8, 16])(image.numpy(), swap_resolution)
     with torch.no_grad():
-        wanted = network(encoder(image), both=True, swap_resolution=swap_resolution)
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b.numpy(), atol=0.01 * float(b.abs().max()))
+        wanted = network.draw(encoder(image), None, True, swap_resolution=swap_resolution)
+    assert found.keys() == wanted.keys() == {"anime", "reconstruction"}
+    for name, b in wanted.items():
+        np.testing.assert_allclose(found[name], b.numpy(), atol=0.01 * float(b.abs().max()))
+
+
+def test_a_style_on_the_page_has_only_the_blocks_that_are_its_own(tmp_path, face, anime):
+    styles = {"anime": swap(face, anime, 8), "ink": swap(face, anime, 16)}
+    about = write_networks(tmp_path, face, styles, make_encoder(), 8)  # compared with torch, too
+    assert about["styles"] == ["anime", "ink"]
+    there = {path.stem for path in tmp_path.glob("*_b*.onnx")}
+    assert there == {"face_b4", "face_b8", "face_b16", "anime_b8", "anime_b16", "ink_b16"}
 
 
 def test_styles_are_truncated_limited_and_coloured_as_in_torch(face, anime, ws):

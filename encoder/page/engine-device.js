@@ -39,13 +39,14 @@ export async function open(on) {
   const start = { networks, models, runtime, wasm, threads: threads(networks) };
   const { provider } = await ask({ start }, Object.values(buffers));
 
-  const { blocks, swap } = networks;
+  const { blocks, swap, styles } = networks;
   return {
     name: `On this device, ${provider}`,
     settings: {
       swap: { min: 1, max: blocks.length, step: 1, value: swap },
       colours: { min: 0, max: 1, step: 0.05, value: 0 },
       truncation: { min: 0, max: 1.2, step: 0.05, value: 1 },
+      ...(styles.length > 1 && { style: { choices: styles, value: styles[0] } }),
     },
     translate: (frame, settings, { still = false } = {}) =>
       ask({ frame, settings, still, seconds: performance.now() / 1000 }, [frame]),

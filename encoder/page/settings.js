@@ -2,7 +2,7 @@
 //
 //   const settings = new Settings(element, changed);
 //   settings.build({swap: {min: 1, max: 5, step: 1, value: 3}, size: {choices: [64, 128], value: 64}});
-//   settings.values(still)                     // {swap: 3, size: 64}
+//   settings.values(still)                     // {swap: 3, size: 64}; style: one of some names
 
 const times = (value) => Number(value).toFixed(2);
 const TEXTS = {
@@ -12,6 +12,7 @@ const TEXTS = {
   refine: ["Refine", "closer to a still; slow", (v) => (v ? `${v} steps` : "off")],
   size: ["Size", "larger is slower", (v) => `${v} px`],
 };
+const STYLE = "style"; // not a number: buttons, of which one is pressed
 
 export class Settings {
   constructor(element, changed) {
@@ -23,9 +24,26 @@ export class Settings {
   build(given) {
     this.element.replaceChildren();
     this.sliders.clear();
+    if (given[STYLE]) this.sliders.set(STYLE, this.buttons(STYLE, given[STYLE]));
     for (const name of Object.keys(TEXTS).filter((known) => given[known])) {
       this.sliders.set(name, this.slider(name, given[name]));
     }
+  }
+
+  /** A choice between names: radio buttons, which arrow keys go through. */
+  buttons(name, { value, choices }) {
+    const row = element("fieldset", { className: "styles" });
+    row.append(element("legend", { textContent: "Style" }));
+    for (const choice of choices) {
+      const input = element("input", { type: "radio", name, value: choice, id: `set-${name}-${choice}` });
+      input.checked = input.defaultChecked = choice === value;
+      input.onchange = () => this.changed();
+      const label = element("label", { htmlFor: input.id, textContent: capitalised(choice) });
+      row.append(input, label);
+    }
+    this.element.append(row);
+    const chosen = () => row.querySelector("input:checked").value;
+    return { input: row, chosen, write: () => {}, row, stillOnly: false };
   }
 
   slider(name, { min, max, step, value, choices, still: stillOnly = false }) {
@@ -74,6 +92,8 @@ export class Settings {
     this.changed();
   }
 }
+
+const capitalised = (word) => word[0].toUpperCase() + word.slice(1);
 
 function element(name, properties) {
   const { htmlFor, ...others } = properties;

@@ -16,7 +16,7 @@ const PATIENCE = 4000; // ms that they may take together
 const MOST_PIXELS = 50e6; // of a frame
 
 let ort = null;
-let networks = null; // {crop: S, resolution: R, blocks: [4, 8, … R], layers: L, dimension: D}
+let networks = null; // {crop: S, resolution: R, blocks: [4, 8, … R], layers: L, dimension: D, styles}
 let nets = null; // detector's networks, see detector.js
 let drawing = null; // sessions: encoder, styles, face_b4, … anime_bR, and their provider
 const tracker = new Tracker();
@@ -163,8 +163,8 @@ async function encode({ data }) {
 }
 
 // ws -> {anime, reconstruction}: (1, 3, R, R) in about [-1, 1]. The last `swap` blocks are drawn.
-async function draw(found, { swap, truncation, colours, reconstruction }) {
-  const { blocks, layers, dimension } = networks;
+async function draw(found, { swap, truncation, colours, reconstruction, style }) {
+  const { blocks, layers, dimension, styles: names } = networks;
   const styles = await drawing.styles.run({
     found: tensor(found, [1, layers, dimension]),
     truncation: tensor([truncation], [1]),
@@ -172,7 +172,8 @@ async function draw(found, { swap, truncation, colours, reconstruction }) {
   });
   const shared = blocks.length - swap; // blocks of both
   const trunk = await through("face", 0, shared, {}, styles.ws);
-  const anime = await through("anime", shared, blocks.length, trunk, styles.limited);
+  const drawn = style ?? names[0];
+  const anime = await through(drawn, shared, blocks.length, trunk, styles.limited);
   const own = reconstruction ? await through("face", shared, blocks.length, trunk, styles.ws) : null;
   return { anime: anime.image, reconstruction: own?.image };
 }
@@ -181,7 +182,9 @@ async function draw(found, { swap, truncation, colours, reconstruction }) {
 async function through(kind, from, to, state, ws) {
   for (let i = from; i < to; i++) {
     const feeds = i ? { features: state.x, picture: state.image, ws } : { ws };
-    state = await drawing[`${kind}_b${networks.blocks[i]}`].run(feeds);
+    // a style has its own late blocks, and shares the early ones
+    const name = `_b${networks.blocks[i]}`;
+    state = await (drawing[kind + name] ?? drawing[`face${name}`]).run(feeds);
   }
   return state;
 }
