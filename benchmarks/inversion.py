@@ -232,7 +232,7 @@ class Bench:
         else:
             start = method.start
         if method.search is None:
-            mean = self.face.w_avg.expand(len(images), self.face.num_ws, -1)
+            mean = self.face.ws_avg.expand(len(images), -1, -1)
             ws = start if isinstance(start, Tensor) else mean
             return ws, self.face.synthesis(ws), None
         record = Recorder(images)

@@ -7,10 +7,11 @@
 Person i is drawn with drawing i as the reference (`encoder.reference`), both evenly spread over
 data that no network has seen. At each strength: how the hair's lightness and tint follow the
 reference's and the photo's (`drawn.py`), how often a cascade for drawn faces finds one, how often
-the person's own drawing is the nearest of all (`translation.py`). Also the errors of `invert`, and
-the share of drawings that would be refused. The picture shows three faces of examples/ and three of
-face64, and six references that anime64 itself has drawn, all of the first z of a seed, for pictures
-of the data may not be shown. Ends with one JSON line; `--quick` looks at 24 people.
+the person's own drawing is the nearest of all (`translation.py`). Also the errors of `invert`, the
+strangeness of the drawings, and the share of them that would be refused. The picture shows three
+faces of examples/ and three of face64, and six references that anime64 itself has drawn, all of the
+first z of a seed, for pictures of the data may not be shown. Ends with one JSON line; `--quick`
+looks at 24 people.
 
 Shape letters: N pictures, R resolution, L layers of w+, D dimension of w.
 """
@@ -28,15 +29,14 @@ from torch import Tensor
 
 from encoder.align import Aligner
 from encoder.pipeline import Translator
-from encoder.reference import LARGEST_ERROR, invert
+from encoder.reference import LARGEST_ERROR, LARGEST_STRANGENESS, Strangeness, invert
 from generators.checkpoint import load, resolve
 from generators.data import named_pictures
 from generators.disk import write_atomically
 from generators.features import FeaturePyramid
 from generators.images import grid, labelled, open_image, resize, to_float, to_pil, to_uint8
-from generators.latents import broadcast
 from generators.runs import frozen
-from generators.stylegan2 import Generator
+from generators.stylegan2 import Generator, broadcast
 from generators.superres import SuperResolution
 
 SHOWN, SIDE, SEED = 6, 96, 0  # rows and columns of the picture, their pixels, of the references
@@ -91,9 +91,20 @@ def evaluate(config: Config, translator: Translator) -> dict[str, Any]:
         if config.detector_cascade is not None:
             row["detected"] = detected(made, config.detector_cascade)
         rows[f"{strength:g}"] = row
-    error = {f"p{q}": round(float(errors.quantile(q / 100)), 4) for q in (50, 95, 100)}
-    refused = float((errors > LARGEST_ERROR).double().mean())
-    return {"people": len(people), "error": error, "refused": refused, "strengths": rows}
+    strangeness = Strangeness(translator)
+    far = torch.cat([strangeness(images) for images in drawings.split(config.batch_size)])
+    refused = (errors.cpu() > LARGEST_ERROR) | (far > LARGEST_STRANGENESS)
+    return {
+        "people": len(people),
+        "error": quantiles(errors),
+        "strangeness": quantiles(far),
+        "refused": float(refused.double().mean()),
+        "strengths": rows,
+    }
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
+    return {f"p{q}": round(float(values.quantile(q / 100)), 4) for q in (50, 95, 100)}
 
 
 def rows_of(report: dict[str, Any]) -> list[list[str]]:

@@ -85,7 +85,7 @@ def styles_model(face: Generator, network: SwappedSynthesis, metadata: Mapping[s
     shape = ("B", face.num_ws, face.w_dim)
     found = graph.input("found", shape)
     truncation, colours = graph.input("truncation", (1,)), graph.input("colours", (1,))
-    average = graph.constant(face.w_avg)
+    average = graph.constant(face.ws_avg)
     ws = graph("Add", average, graph("Mul", truncation, graph("Sub", found, average)))
     drawn = limited(graph, network.limit, ws, 0, colours)  # all: it is not known which are drawn
     graph.output("ws", ws, shape)

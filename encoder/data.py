@@ -45,7 +45,7 @@ def draw(
         if real
         else None
     )
-    ws = generator.w_avg.expand(real // world, generator.num_ws, -1)
+    ws = generator.ws_avg.expand(real // world, -1, -1)
     known = torch.zeros(real // world, device=device)
     if synthetic:
         made, made_ws = synthetic_pairs(generator, synthetic, rng, rank, world)
@@ -68,7 +68,7 @@ def synthetic_pairs(
     w+ differ.
     """
     z = torch.randn(2, count, generator.z_dim, generator=rng)
-    crossover = torch.randint(1, generator.num_ws + 1, (count,), generator=rng)
+    crossover = torch.randint(1, generator.layers + 1, (count,), generator=rng)
     mine = rows_of_rank(crossover, rank, world).tolist()
     coarse, fine = (
         generator.map(rows_of_rank(part, rank, world).to(generator.w_avg.device)) for part in z

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.options import Edit
 from generators import checkpoint
 from generators.command import printable
-from generators.latents import SAMPLES, affines, broadcast
+from generators.latents import SAMPLES, SPATIAL_LAYER, affines
 from generators.runs import seed_of
 from generators.stylegan2 import Generator
 from generators.tails import trunk_of
@@ -44,11 +45,14 @@ class DirectionsConfig:
     last: tuple[int, ...]  # N
     trunk: str  # `fingerprint` of the generator whose w+ it is
     unit: str = "one standard deviation of the data along the direction"  # of a step
+    layers: int = 0  # of the L rows, before those of a spatial code; 0: all
 
     def __post_init__(self) -> None:
         count = len(self.names)
         if min(self.num_ws, self.w_dim, count) < 1 or len(set(self.names)) < count:
             raise ValueError("there must be layers, a dimension, and names, each of them once")
+        if not 0 <= self.layers <= self.num_ws:
+            raise ValueError(f"layers must be 0 to {self.num_ws}, not {self.layers}")
         if len(self.first) != count or len(self.last) != count:
             raise ValueError("each name needs a first and a last layer")
         ranges = zip(self.first, self.last, strict=True)
@@ -73,10 +77,14 @@ class Directions(nn.Module):
     @classmethod
     def of(cls, face: Generator, steps: dict[str, Tensor]) -> Directions:
         """Of steps {name: (L, D)} in the w+ of `face`."""
-        moved = [step.abs().amax(dim=1).nonzero()[:, 0].tolist() or [0] for step in steps.values()]
+        moved = [
+            step[: face.layers].abs().amax(dim=1).nonzero()[:, 0].tolist() or [0]
+            for step in steps.values()
+        ]
         config = DirectionsConfig(
             num_ws=face.num_ws,
             w_dim=face.w_dim,
+            layers=face.layers,
             names=tuple(steps),
             first=tuple(layers[0] for layers in moved),
             last=tuple(layers[-1] for layers in moved),
@@ -104,14 +112,17 @@ class Directions(nn.Module):
                     f"There is no direction {printable(edit.name)}; choose from "
                     f"{printable(', '.join(config.names), 1000)}."
                 )
-            last = config.num_ws - 1 if edit.last is None else edit.last
-            if not edit.first <= last < config.num_ws:
+            layers = config.layers or config.num_ws
+            last = layers - 1 if edit.last is None else edit.last
+            if not edit.first <= last < layers:
                 raise ValueError(
-                    f"The layers of w+ are 0 to {config.num_ws - 1} here; "
+                    f"The layers of w+ are 0 to {layers - 1} here; "
                     f"{printable(edit.name)} cannot be limited to {edit.first}-{last}."
                 )
             step = self.steps[config.names.index(edit.name)]
             total[edit.first : last + 1] += edit.strength * step[edit.first : last + 1]
+            if edit.first <= SPATIAL_LAYER <= last:
+                total[layers:] += edit.strength * step[layers:]
         return total
 
 
@@ -127,7 +138,7 @@ def mapped(face: Generator, count: int = SAMPLES, seed: int = 0) -> Tensor:
     """(M, L, D): the w of random z, at every layer; no copies."""
     rng = torch.Generator().manual_seed(seed_of(seed, "directions"))
     z = torch.randn(count, face.z_dim, generator=rng)
-    return broadcast(face.mapping(z.to(face.w_avg)), face.num_ws)
+    return face.broadcast(face.mapping(z.to(face.w_avg)))
 
 
 def along(samples: Tensor, axes: Tensor) -> Tensor:
@@ -147,11 +158,13 @@ def spread(axes: Tensor, samples: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- the finding
 
 
-def principal_axes_of(samples: Tensor, count: int) -> Tensor:
+def principal_axes_of(samples: Tensor, count: int, layers: int | None = None) -> Tensor:
     """Of samples (M, L, D) the `count` principal axes (N, L, D), the widest first: of w, where all
-    layers have the same, else of all layers side by side. A subspace is found by iteration (Halko
-    et al. 2011, arXiv:0909.4061, algorithm 5.1), seeded."""
-    layers = samples.shape[1]
+    layers have the same, else of all layers side by side; of the L rows the first `layers`, None:
+    all. A subspace is found by iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 5.1),
+    seeded."""
+    rest = 0 if layers is None else samples.shape[1] - layers
+    samples = samples[:, : samples.shape[1] - rest]
     shared = torch.equal(samples, samples[:, :1].expand_as(samples)) or bool(
         (samples - samples[:, :1]).abs().max() < 1e-4 * samples.std()
     )
@@ -162,7 +175,9 @@ def principal_axes_of(samples: Tensor, count: int) -> Tensor:
         torch.manual_seed(seed_of("principal axes"))
         _, _, found = torch.pca_lowrank(flat.cpu(), min(count + 10, *flat.shape), niter=6)
     axes = signed(found[:, :count].T)
-    return broadcast(axes, layers) if shared else axes.unflatten(1, samples.shape[1:])
+    if shared:
+        axes = axes.repeat(1, samples.shape[1])
+    return F.pad(axes.unflatten(1, samples.shape[1:]), (0, 0, 0, rest))
 
 
 def sefa(face: Generator, layers: range, count: int) -> Tensor:
@@ -174,7 +189,7 @@ def sefa(face: Generator, layers: range, count: int) -> Tensor:
     a = torch.cat([affine.weight * affine.weight_gain for affine in maps]).detach().double()
     _, vectors = torch.linalg.eigh(a.T @ a)  # of ascending eigenvalues
     axes = torch.zeros(count, face.num_ws, face.w_dim).to(face.w_avg)
-    for layer in range(face.num_ws):
+    for layer in range(face.layers):
         if layer in layers:
             axes[:, layer] = signed(vectors.flip(1)[:, :count].T)
     return axes

@@ -200,10 +200,10 @@ def found(config: DirectionsConfig, face: Generator, translator: Translator | No
         said = ", ".join(f"{name} {r:.2f}" for name, r in zip(names, told, strict=True))
         console.print(f"{len(samples)} faces; correlation of label and direction: {said}")
     if config.components:
-        axes = principal_axes_of(samples, config.components)
+        axes = principal_axes_of(samples, config.components, face.layers)
         add([f"pc{i + 1}" for i in range(config.components)], axes)
     for group, layers in GROUPS.items() if config.sefa else ():
-        if layers.start < face.num_ws:
+        if layers.start < face.layers:
             axes = sefa(face, layers, config.sefa).cpu()
             add([f"{group}{i + 1}" for i in range(config.sefa)], axes)
     return Directions.of(face, steps)
@@ -249,7 +249,7 @@ def run_directions(config: DirectionsConfig) -> int:
     checkpoint.save(config.output, directions, provenance=provenance, half=True)
 
     # 3. What they look like.
-    ws = face.w_avg.expand(1, face.num_ws, -1)
+    ws = face.ws_avg[None]
     if config.photo is not None and translator is not None:
         ws = translator.encode(translator.prepare([crop_of(translator, config.photo, True)]))
     shown = sheet_of(directions, face, ws, translator if config.anime else None)
@@ -262,21 +262,21 @@ def run_directions(config: DirectionsConfig) -> int:
 # ---------------------------------------------------------------------------- mixing
 
 
-def crossed(ws: Tensor, split: int) -> Tensor:
+def crossed(ws: Tensor, split: int, layers: int | None = None) -> Tensor:
     """ws (N, L, D) of people -> (N, N, L, D): layers below `split` of the row's, the others of the
-    column's. ValueError for a split that is no layer."""
-    people, layers, _ = ws.shape
+    column's. `layers`: of the L rows, None: all. ValueError for a split that is no layer."""
+    people, layers = len(ws), layers or ws.shape[1]
     if not 0 <= split <= layers:
         raise ValueError(f"a split is a layer from 0 to {layers}, not {split}")
     rows, columns = ws.repeat_interleave(people, dim=0), ws.repeat(people, 1, 1)
-    return mix(rows, columns, split).unflatten(0, (people, people))
+    return mix(rows, columns, split, layers).unflatten(0, (people, people))
 
 
 def run_mix(config: MixConfig) -> int:
     may_write(config.output, config.overwrite, config.input)
     translator = load_translator(config, config.align)
     images = translator.prepare([crop_of(translator, p, config.align) for p in config.input])
-    ws = crossed(translator.encode(images), config.split).flatten(0, 1)
+    ws = crossed(translator.encode(images), config.split, translator.face.layers).flatten(0, 1)
     made = []
     for part in ws.split(BATCH):
         drawing, face = translator.synthesise(part, reconstruction=not config.anime)

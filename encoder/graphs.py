@@ -99,7 +99,7 @@ def synthesis_model(
     side = network.resolutions[-1]
     first: Any = network.face.get_submodule("b4")
     width = first.conv1.affine.weight.shape[1]
-    shape = ("B", 2 * len(network.resolutions), width)
+    shape = ("B", network.face.num_ws, width)
     ws = graph.input("ws", shape)
     share = graph.input("colours", ()) if colours else ""
     drawn = graph.input("drawing_ws", shape) if drawing_ws else ""

@@ -49,6 +49,7 @@ from generators.stylegan2 import Generator
 SPREAD_INTERVAL = 256  # steps between two measurements of the axes of w
 DEVIATIONS = 2.0  # of w along its axes that w+ may take at no cost
 W_AVG_DECAY = 0.995  # per step, of the running mean of w
+SPATIAL_DROP = 0.3  # of the reconstructions are drawn without a spatial code, as samples are
 STYLE_MIXING = 0.9  # of the samples of the prior (Karras et al. 2019, section 3.1)
 CALIBRATION = 256  # real pictures that set a new projected discriminator's scales
 INPUT_SIZE = 96  # side in pixels at which a new projected discriminator looks
@@ -62,15 +63,19 @@ class JointOptions:
     spread_weight: float = 0.3  # then: of the pull of w+ into the region that z is mapped to
     layers_weight: float = 0.0  # then: of the pull of the layers of w+ to their mean
     match_weight: float = 0.0  # then: of the pull of such means and w to the same distribution
+    spatial: int = 0  # then: channels of a spatial code that the generator gets, and that is learnt
+    spatial_weight: float = 0.02  # then: of the code's mean square
     pixel_weight: float = 0.0  # then: of a small discriminator of pixels beside loss.adversarial
     pixel_discriminator: str | None = None  # to begin with, a .safetensors; None: a new one
 
     def __post_init__(self) -> None:
         names = ("generator_lr", "freeze_generator_below", "spread_weight", "layers_weight",
-                 "match_weight", "pixel_weight")  # fmt: skip
+                 "match_weight", "spatial", "spatial_weight", "pixel_weight")  # fmt: skip
         check_numbers(self, {"of 0 or more": names})
-        if self.pixel_weight and not self.generator_lr:
-            raise ValueError("--pixel-weight is for a generator that learns; give --generator-lr.")
+        for name in ("pixel_weight", "spatial"):
+            if getattr(self, name) and not self.generator_lr:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is for a generator that learns; give --generator-lr.")
 
     def check(self, loss: LossWeights, synthetic_fraction: float) -> None:
         """ValueError where a training's other options are for frozen generators alone."""
@@ -144,6 +149,8 @@ class Joint:
         self.generator = copy.deepcopy(generator).train().requires_grad_(True)
         if options.freeze_generator_below:  # so that fine-tunes still fit it
             freeze_generator(self.generator, options.freeze_generator_below)
+        if options.spatial:
+            self.generator.synthesis.get_submodule("b8.spatial").requires_grad_(True)
         self.spread = Spread(generator)
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "spread": self.spread}
         self.optimisers: dict[str, torch.optim.Adam] = {
@@ -185,7 +192,7 @@ class Joint:
     def draw(self, ws: Tensor, rng: torch.Generator) -> Drawn:
         """Reconstructions of ws (B, L, D) and half as many samples of the prior with mixed styles,
         in one pass; moves the mean of w. No samples where nothing would look at them."""
-        generator, options = self.generator, self.options
+        generator, options, found = self.generator, self.options, ws
         looked_at = self.discriminators or options.match_weight
         count = (len(ws) + 1) // 2 if looked_at or not options.freeze_generator_below else 0
         z = torch.randn(count, generator.z_dim, generator=rng)
@@ -196,11 +203,17 @@ class Joint:
                 torch.distributed.all_reduce(mean)
                 mean /= torch.distributed.get_world_size()
             generator.w_avg.lerp_(mean, 1 - W_AVG_DECAY)
-        prior = w[:, None].expand(-1, generator.num_ws, -1)
-        prior = mix_styles(prior, prior.roll(1, 0), STYLE_MIXING, rng)  # (N, L, D)
+        prior = generator.broadcast(w)
+        prior = mix_styles(  # (N, L, D)
+            prior, prior.roll(1, 0), STYLE_MIXING, rng, generator.layers
+        )
+        if generator.config.spatial:
+            kept = torch.rand(len(ws), 1, 1, generator=rng) >= SPATIAL_DROP
+            spatial = ws[:, generator.layers :] * kept.to(ws)
+            ws = torch.cat([ws[:, : generator.layers], spatial], dim=1)
         torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # of the noise maps
         images = generator.synthesis(torch.cat([ws, prior.to(ws.dtype)]), "random")
-        return Drawn(ws, w, images[: len(ws)], images[len(ws) :], rng)
+        return Drawn(found, w, images[: len(ws)], images[len(ws) :], rng)
 
     def terms(self, drawn: Drawn, step: int, warmup: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, (), of the pulls and of what the discriminators say about fakes; and
@@ -208,7 +221,8 @@ class Joint:
         """
         if step % SPREAD_INTERVAL == 0:
             self.spread.measure(self.generator)
-        options, ws, variance = self.options, drawn.ws.float(), self.spread.variance
+        options, variance, layers = self.options, self.spread.variance, self.generator.layers
+        ws, spatial = drawn.ws[:, :layers].float(), drawn.ws[:, layers:].float()
         means = ws.mean(dim=1)  # (B, D)
         parts = {
             "spread": self.spread(ws).mean(),
@@ -220,6 +234,9 @@ class Joint:
         if options.match_weight:
             total = total + options.match_weight * parts["match"]
         ramp = min(1.0, (step + 1) / max(warmup, 1))
+        if spatial.shape[1]:
+            parts["spatial"] = spatial.square().mean()
+            total = total + options.spatial_weight * parts["spatial"]
         for name, network in self.discriminators.items():
             self.learning[name].requires_grad_(False)
             seen = self.look(network, drawn.fakes, drawn.rng)

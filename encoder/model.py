@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from generators.latents import from_offsets
+from generators.stylegan2 import SPATIAL_SIDE
 
 FREQUENCIES = 24  # of a picture's width, and of its height, that the dense branch looks at
 DENSE_SIDE = 8  # of the map that it looks at
@@ -30,7 +31,7 @@ MOST = {"resolution": 4096, "num_ws": 64, "w_dim": 8192, "width": 8192, "heads":
 class EncoderConfig:
     backbone: str = "tf_efficientnet_lite0"  # any timm network with features_only
     resolution: int = 64  # side R of the input in pixels
-    num_ws: int = 10  # L, the generator's num_ws
+    num_ws: int = 10  # L, the generator's num_ws: its layers, then the rows of its spatial code
     w_dim: int = 256  # D, the generator's w_dim
     width: int = 192  # C, channels of the head
     heads: int = 4  # of attention
@@ -39,6 +40,7 @@ class EncoderConfig:
     input_size: int = 0  # side in pixels to which pictures are enlarged first; 0: R, as they are
     shared: bool = False  # all queries together give one w of all layers, each adds to its own
     dense: int = 0  # channels of a map whose every place adds to that w, beside the pixels; 0: none
+    spatial: int = 0  # S, channels of the generator's spatial code, of the last of the L rows
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
@@ -50,13 +52,25 @@ class EncoderConfig:
                 f"input_size must be 0 or from {self.resolution} to {MOST['resolution']}, "
                 f"not {self.input_size}"
             )
-        if not isinstance(self.dense, int) or not 0 <= self.dense <= MOST["width"]:
-            raise ValueError(f"dense must be a whole number from 0 up, not {self.dense}")
+        for name in ("dense", "spatial"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value <= MOST["width"]:
+                raise ValueError(f"{name} must be a whole number from 0 up, not {value}")
+        if self.spatial * SPATIAL_SIDE**2 % self.w_dim or self.layers < 1:
+            raise ValueError(
+                f"a spatial code of {self.spatial} channels does not fill some of "
+                f"{self.num_ws} rows of {self.w_dim}"
+            )
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of twice the {self.heads} heads"
             )
         check_backbone(self.backbone, self.side)
+
+    @property
+    def layers(self) -> int:
+        """Rows that are a layer's w."""
+        return self.num_ws - self.spatial * SPATIAL_SIDE**2 // self.w_dim
 
     @property
     def side(self) -> int:
@@ -120,27 +134,25 @@ class Encoder(nn.Module):
         self.project = nn.ModuleList(nn.Linear(c, config.width) for c in channels)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         self.level = nn.Parameter(torch.randn(len(channels), config.width) * 0.02)
-        self.queries = nn.Parameter(torch.randn(config.num_ws, config.width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.layers, config.width) * 0.02)
         self.layers = nn.ModuleList(
             CrossAttention(config.width, config.heads) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)
         self.to_offsets = nn.Parameter(
-            torch.randn(config.num_ws, config.width, config.w_dim) * 0.02 * config.width**-0.5
+            torch.randn(config.layers, config.width, config.w_dim) * 0.02 * config.width**-0.5
         )
         if config.shared:
-            self.to_shared = nn.Linear(config.num_ws * config.width, config.w_dim)
+            self.to_shared = nn.Linear(config.layers * config.width, config.w_dim)
             nn.init.normal_(self.to_shared.weight, std=0.02 * config.width**-0.5)
             nn.init.zeros_(self.to_shared.bias)
         if config.dense:
             self.dense = Dense(config, channels, backbone.feature_info.reduction())
+        if config.spatial:
+            self.spatial = Spatial(config, channels, backbone.feature_info.reduction())
 
     def forward(self, images: Tensor) -> Tensor:
-        config, x = self.config, images
-        if config.input_size:  # so that the last levels, which know most, have more positions
-            x = F.interpolate(images, (config.side,) * 2, mode="bilinear")
-        x = (x * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
-        maps = self.backbone(x)
+        config, maps = self.config, self.maps(images)
         levels: Any = zip(maps, self.project, self.norms, self.level, strict=True)
         tokens = torch.cat(
             [
@@ -158,7 +170,23 @@ class Encoder(nn.Module):
             offsets = offsets + self.to_shared(q.flatten(1))[:, None]
         if config.dense:
             offsets = offsets + self.dense(images, maps)[:, None]
-        return from_offsets(offsets.float(), self.w_avg.float())
+        ws = from_offsets(offsets.float(), self.w_avg.float())
+        if config.spatial:
+            code = (
+                self.spatial(images, maps)
+                .float()
+                .reshape(-1, config.num_ws - config.layers, config.w_dim)
+            )
+            ws = torch.cat([ws, code], dim=1)
+        return ws
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's levels of images (B, 3, R, R), (B, C, H, W) each, the finest first."""
+        x = images
+        if self.config.input_size:  # so that the last levels, which know most, have more positions
+            x = F.interpolate(images, (self.config.side,) * 2, mode="bilinear")
+        x = (x * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        return self.backbone(x)
 
     def train(self, mode: bool = True) -> "Encoder":
         super().train(mode)
@@ -226,6 +254,43 @@ class Dense(nn.Module):
         tokens = rearrange(pool(maps[self.level], (DENSE_SIDE,) * 2), "b c h w -> b h w c")
         places = self.reduce(self.norm(tokens))
         return self.pixels(self.gain * low.flatten(1)) + self.places(self.gain * places.flatten(1))
+
+
+class Spatial(nn.Module):
+    """What one w cannot hold, place by place: images (B, 3, R, R) and the backbone's maps -> the
+    spatial code (B, S, 8, 8) of `generators.stylegan2`."""
+
+    width = 64
+
+    def __init__(self, config: EncoderConfig, channels: list[int], reduction: list[int]) -> None:
+        super().__init__()
+        sides = [config.side // r for r in reduction]
+        self.levels = [i for i, side in enumerate(sides) if 4 <= side <= 4 * SPATIAL_SIDE][-3:]
+        self.reduce = nn.ModuleList()
+        for i in self.levels:
+            step = sides[i] // SPATIAL_SIDE if sides[i] % SPATIAL_SIDE == 0 else 1
+            self.reduce.append(nn.Conv2d(channels[i], self.width, step, step))
+        patch = max(1, config.resolution // SPATIAL_SIDE)
+        self.pixels = nn.Conv2d(3, self.width, patch, patch)
+        self.norm = nn.GroupNorm(8, self.width)
+        self.mix = nn.Conv2d(self.width, self.width, 3, padding=1)
+        self.last = nn.Conv2d(self.width, config.spatial, 3, padding=1)
+        for parameter in self.last.parameters():  # it begins with nothing to add
+            nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        parts = [self.pixels(images)]
+        parts += [reduce(maps[i]) for i, reduce in zip(self.levels, self.reduce, strict=True)]
+        x = torch.stack([of_side(part, SPATIAL_SIDE) for part in parts]).sum(dim=0)
+        x = F.silu(self.norm(x))
+        return self.last(x + F.silu(self.mix(x)))
+
+
+def of_side(level: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, side, side): means where it is larger, linear where smaller."""
+    if min(level.shape[-2:]) >= side:
+        return pool(level, (side, side))
+    return F.interpolate(level, (side, side), mode="bilinear")
 
 
 def cosines(count: int, size: int) -> Tensor:

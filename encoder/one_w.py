@@ -14,6 +14,11 @@ soundly, and need no limit any more. The mapping network is another one, fitted 
 photos: first to a normal distribution of their covariance, then by energy distance to them. Train
 on from there with `train_encoder.py --generator-lr … --shared`.
 
+The spatial code, where there is one, stays as it is.
+
+With `--mapping-only` the axes of w stay, and with them all that was found along them: for a pair
+that has trained on, whose photos have moved away from the w that its mapping network gives.
+
 Shape letters: N photos, L layers of w+, D dimension of w, C width of the encoder's head, B batch.
 """
 
@@ -54,6 +59,7 @@ class OneWConfig:
     images: int = 4000  # photos whose w+ are measured, each mirrored too
     swap_resolution: int = 16  # first block of the fine-tunes that gets limited codes
     style_limit: float | None = LIMIT  # of these codes; None: as found
+    mapping_only: bool = False  # the axes of w stay; only the mapping network is fitted anew
     fit_steps: int = 1500  # of the mapping network, to each of its two aims
     seed: int = 0  # of everything that is drawn
     overwrite: bool = False  # replace files that exist
@@ -141,7 +147,7 @@ def fitted_mapping(generator: Generator, w: Tensor, steps: int, rng: torch.Gener
     covariance = torch.cov(w.T.double())
     floor = 1e-6 * covariance.trace() / len(covariance) * torch.eye(len(covariance))
     root = torch.linalg.cholesky(covariance + floor).float()  # (D, D)
-    variance = covariance.trace().float()
+    variance, mean = covariance.trace().float(), w.mean(dim=0)
     plan = torch.randn(config.z_dim, config.w_dim, generator=rng) / config.z_dim**0.5
     if config.z_dim == config.w_dim:
         plan = torch.eye(config.w_dim)
@@ -155,7 +161,7 @@ def fitted_mapping(generator: Generator, w: Tensor, steps: int, rng: torch.Gener
         made = mapping(z)
         if first:
             z = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True))
-            loss = (made - z @ plan @ root.T).square().sum(dim=1).mean() / variance
+            loss = (made - mean - z @ plan @ root.T).square().sum(dim=1).mean() / variance
         else:
             rows = torch.randint(len(w), (BATCH,), generator=rng)
             loss = energy_distance(made, w[rows]) / variance.sqrt()
@@ -165,6 +171,54 @@ def fitted_mapping(generator: Generator, w: Tensor, steps: int, rng: torch.Gener
     with torch.no_grad():
         mapping.w_avg.copy_(mapping(torch.randn(8192, config.z_dim, generator=rng)).mean(dim=0))
     return mapping.state_dict()
+
+
+def moved(
+    encoder: Encoder,
+    generators: Sequence[Generator],
+    offsets: Tensor,  # (N, L, D) of photos
+    config: OneWConfig,
+    rng: torch.Generator,
+) -> tuple[list[Encoder | Generator], Tensor]:
+    """All networks in the new w, and these of the photos (N, D)."""
+    face, old = generators[0], generators[0].w_avg.clone()
+    to = coordinates(offsets, principal_axes(face)[2].square().sum(), rng)
+    w = torch.einsum("nld,lde->ne", offsets.double() - to.mean, to.into).float()  # (N, D)
+    mapping = fitted_mapping(face, w, config.fit_steps, rng)
+    networks: list[Encoder | Generator] = [moved_encoder(encoder, mapping["w_avg"], to)]
+    finer = to
+    if config.also and config.style_limit is not None:
+        limit = StyleLimit(face, config.swap_resolution, config.style_limit)
+        finer = fitted(limit(offsets + old) - old, w, to)
+    for generator, its in zip(generators, [to, *[finer] * len(config.also)], strict=True):
+        move_generator(generator, old, its, mapping)
+        networks.append(generator)
+    return networks, w
+
+
+@torch.no_grad()
+def centred(encoder: Encoder, w_avg: Tensor) -> None:
+    """The same w+, as offsets from another w_avg. ValueError without one w for all layers."""
+    if not encoder.config.shared:
+        raise ValueError("--mapping-only is for an encoder of one w; leave it out once.")
+    encoder.to_shared.bias.add_(encoder.w_avg - w_avg)
+    encoder.w_avg.copy_(w_avg)
+
+
+def refitted(
+    encoder: Encoder,
+    generators: Sequence[Generator],
+    offsets: Tensor,
+    config: OneWConfig,
+    rng: torch.Generator,
+) -> tuple[list[Encoder | Generator], Tensor]:
+    """As `moved`, with another mapping network alone."""
+    w = offsets.mean(dim=1) + generators[0].w_avg
+    mapping = fitted_mapping(generators[0], w, config.fit_steps, rng)
+    centred(encoder, mapping["w_avg"])
+    for generator in generators:
+        generator.mapping.load_state_dict(mapping)
+    return [encoder, *generators], w
 
 
 def run(config: OneWConfig) -> None:
@@ -183,22 +237,14 @@ def run(config: OneWConfig) -> None:
     face = generators[0]
     photos = first_pictures(open_dataset(config.data, face.resolution), config.images)
     with torch.no_grad():
-        batches = [encoder(x) - face.w_avg for b in photos.split(50) for x in (b, b.flip(-1))]
-    offsets = torch.cat(batches)  # (2 N, L, D)
+        batches = [encoder(x) for b in photos.split(50) for x in (b, b.flip(-1))]
+    offsets = torch.cat(batches)[:, : face.layers] - face.w_avg  # (2 N, L, D)
     torch.manual_seed(seed_of(config.seed, "weights"))
     rng = torch.Generator().manual_seed(seed_of(config.seed, "one w"))
-    to = coordinates(offsets, principal_axes(face)[2].square().sum(), rng)
-    w = torch.einsum("nld,lde->ne", offsets.double() - to.mean, to.into).float()  # (2 N, D)
-    mapping = fitted_mapping(face, w, config.fit_steps, rng)
-    old = face.w_avg.clone()
-    networks: list[Encoder | Generator] = [moved_encoder(encoder, mapping["w_avg"], to)]
-    finer = to
-    if config.also and config.style_limit is not None:
-        limit = StyleLimit(face, config.swap_resolution, config.style_limit)
-        finer = fitted(limit(offsets + old) - old, w, to)
-    for generator, its in zip(generators, [to, *[finer] * len(config.also)], strict=True):
-        move_generator(generator, old, its, mapping)
-        networks.append(generator)
+    if config.mapping_only:
+        networks, w = refitted(encoder, generators, offsets, config, rng)
+    else:
+        networks, w = moved(encoder, generators, offsets, config, rng)
     for path, target, network in zip(paths, targets, networks, strict=True):
         provenance = checkpoint.read_metadata(path)["provenance"] | {"one_w_of": str(len(w))}
         checkpoint.save(target, network, provenance=provenance)

@@ -202,7 +202,7 @@ class Translator:
                 curvature=self.curvature,
                 callback=callback,
             ).latent
-        return self.edited(truncate(ws, self.face.w_avg, truncation))
+        return self.edited(truncate(ws, self.face.ws_avg, truncation))
 
     def edited(self, ws: Tensor) -> Tensor:
         """ws (B, L, D) on any device -> the same with the translator's edits."""

@@ -72,8 +72,8 @@ def check_blocks(face: Generator, numbers: Sequence[int]) -> None:
 
 
 def check_splits(face: Generator, splits: Sequence[int]) -> None:
-    if outside := [split for split in splits if not 0 <= split <= face.num_ws]:
-        raise ValueError(f"a split is a layer from 0 to {face.num_ws}, not {outside[0]}")
+    if outside := [split for split in splits if not 0 <= split <= face.layers]:
+        raise ValueError(f"a split is a layer from 0 to {face.layers}, not {outside[0]}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def concatenate(
     """
     check_splits(face, splits)
     images = [
-        last_blocks(face, anime, (face.num_ws - split) // 2)(mix(coarse, fine, split))
+        last_blocks(face, anime, (face.layers - split) // 2)(mix(coarse, fine, split, face.layers))
         for split in splits
     ]
     return torch.stack(images).clamp(-1, 1)
@@ -307,7 +307,7 @@ def show_concatenate(
     photos = [photo, *other]
     coarse = search_ws(translator, face, photo, config.steps)
     fine = search_ws(translator, anime, photos[-1], config.steps)
-    ends = concatenate(face, anime, coarse, fine, (face.num_ws, 0))
+    ends = concatenate(face, anime, coarse, fine, (face.layers, 0))
     made = concatenate(face, anime, coarse, fine, config.splits)
     labels = ["photo"] if config.fine is None else ["coarse", "fine"]
     labels += ["by face", "by anime", *(f"split {split}" for split in config.splits)]

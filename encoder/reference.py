@@ -14,6 +14,10 @@ draw. Compared are 8 x 8 colours, not pixels, which would blur what the search c
 both w start at what the photos' encoder sees in the drawing, and are pulled towards it, so that
 they stay where w of photos lie, and the blocks draw soundly.
 
+A picture of something else is refused: what the encoder's backbone sees in it lies too far from
+what it sees in the style's own samples (a Gaussian of features: Lee et al. 2018, arXiv:1807.03888,
+section 2.1, of one class).
+
 Shape letters: B batch, L layers of w+, D dimension of w, R resolution.
 """
 
@@ -27,19 +31,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from encoder.model import DENSE_SIDE, pool
 from encoder.optimisers import Lbfgs
 from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis
 from generators.command import printable
 from generators.images import find_images, fit, open_image, resize, to_float
-from generators.latents import broadcast, principal_axes
+from generators.latents import principal_axes
 from generators.palette import colours
 from generators.runs import seed_of
+from generators.stylegan2 import broadcast
 
 STEPS = 30  # looks at a drawing
 PULL = 0.01  # towards what the encoder sees, per squared standard deviation of w
 LARGEST_ERROR = 0.4  # of 48 drawings 0.28 at the 99th percentile, see benchmarks/LOG.md
 LEAST_VARIANCE = 1e-3  # that counts as one: a blank picture has none
+LARGEST_STRANGENESS = 4.7  # of training drawings 98 % are below, see benchmarks/LOG.md
+SAMPLES = 256  # of the style, that strangeness is measured by
+TRUNCATION = 0.8  # of theirs
+SHRINKAGE = 0.5  # of their features' correlations (Ledoit & Wolf 2004)
 LONGEST = 1.5  # times the shorter side: a longer picture is not a head alone
 BATCH = 16
 
@@ -53,11 +63,11 @@ def invert(translator: Translator, images: Tensor) -> tuple[Tensor, Tensor]:
     be nearer. Drawings do not influence each other."""
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().to(translator.device)
-        target, network, layers = colours(images), in_fp32(translator), translator.face.num_ws
+        target, network, face = colours(images), in_fp32(translator), translator.face
         start, w_of = seen(translator, images)  # (B, D)
 
         def drawn(x: Tensor) -> Tensor:
-            early, late = (broadcast(w_of(part), layers) for part in x.chunk(2, dim=1))
+            early, late = (face.broadcast(w_of(part)) for part in x.chunk(2, dim=1))
             return network(early, drawing_ws=late)
 
         start = start.repeat(1, 2)  # (B, 2 D): of the early blocks, of those that draw
@@ -86,7 +96,7 @@ def seen(translator: Translator, images: Tensor) -> tuple[Tensor, Callable[[Tens
     mean, axes, spread = principal_axes(translator.face)
     alive = spread > 1e-3 * spread.max()  # along the others all w are alike
     ws = translator.encoder(resize(images, translator.encoder.config.resolution))
-    along = (ws.mean(dim=1) - mean) @ axes  # (B, D)
+    along = (ws[:, : translator.face.layers].mean(dim=1) - mean) @ axes  # (B, D)
     along = torch.where(alive, along / spread.where(alive, spread.max()), 0.0)
     along = along / along.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1)
     return along, lambda x: mean + (x * spread) @ axes.T
@@ -97,6 +107,44 @@ def in_fp32(translator: Translator) -> SwappedSynthesis:
     network = translator.synthesis
     same = translator.dtype == torch.float32
     return network if same else copy.deepcopy(network).float()
+
+
+# ------------------------------------------------------------------------- what is no head
+
+
+class Strangeness:
+    """strangeness(images): how far pictures (B, 3, R, R) in [-1, 1] lie from a style's own samples
+    in what the encoder's backbone sees, (B,): 1 is the samples' median."""
+
+    @torch.no_grad()
+    def __init__(self, translator: Translator) -> None:
+        self.encoder, network = translator.encoder, in_fp32(translator)
+        rng = torch.Generator().manual_seed(seed_of("strangeness"))
+        z = torch.randn(SAMPLES, translator.face.z_dim, generator=rng).to(translator.device)
+        ws = translator.face.map(z, TRUNCATION)
+        samples = [self.features(network(part).clamp(-1, 1)) for part in ws.split(BATCH)]
+        x = torch.cat(samples)  # (N, F)
+        self.mean, self.deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-9)
+        correlation = torch.cov(((x - self.mean) / self.deviation).T)
+        correlation.lerp_(torch.eye(len(correlation)).to(correlation), SHRINKAGE)
+        self.factor = torch.linalg.cholesky(correlation)
+        self.unit = self.distance(x).median()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.distance(self.features(images)) / self.unit
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, F): means over quarters of the deepest map of 8 x 8 or more."""
+        levels = self.encoder.maps(resize(images, self.encoder.config.resolution))
+        large = [level for level in levels if level.shape[-1] >= DENSE_SIDE] or levels[:1]
+        return pool(large[-1], (2, 2)).flatten(1).cpu().double()
+
+    def distance(self, x: Tensor) -> Tensor:
+        white = torch.linalg.solve_triangular(
+            self.factor, ((x - self.mean) / self.deviation).T, upper=False
+        )
+        return white.square().sum(dim=0).sqrt()
 
 
 # ------------------------------------------------------------------------ pictures to codes
@@ -128,10 +176,19 @@ class References:
         files = {photo: found[seed_of(seed, photo, "reference") % len(found)] for photo in photos}
         needed = [file for file in found if file in set(files.values())]
         codes: dict[Path, Tensor] = {}
+        strangeness = Strangeness(translator)
         for at in range(0, len(needed), BATCH):
             batch = needed[at : at + BATCH]
             pixels = torch.stack([head(file, translator.resolution) for file in batch])
-            ws, errors = invert(translator, to_float(pixels))
+            images = to_float(pixels).to(translator.device)
+            for file, far in zip(batch, strangeness(images).tolist(), strict=True):
+                if not far <= LARGEST_STRANGENESS:
+                    raise ValueError(
+                        f"{printable(file)} shows no drawn head, or one unlike any that this style "
+                        f"draws ({far:.1f} times as far away as its own, at most "
+                        f"{LARGEST_STRANGENESS}); give a drawing whose head fills the picture."
+                    )
+            ws, errors = invert(translator, images)
             for file, w, error in zip(batch, ws, errors.tolist(), strict=True):
                 if not error <= LARGEST_ERROR:
                     raise ValueError(

@@ -29,7 +29,6 @@ from encoder.losses import LossSet
 from encoder.optimisers import Adam, Lbfgs, Optimiser
 from generators.curvature import Curvature
 from generators.dcgan import DcganGenerator
-from generators.latents import broadcast
 from generators.runs import seed_of
 from generators.stylegan2 import Generator
 
@@ -160,7 +159,7 @@ class LatentSpace:
     """All that a search has to know of the space it searches; the rows are in `space_of`."""
 
     shape: tuple[int, ...]  # of one latent: (Z,), (D,) or (L, D)
-    w_avg: Tensor  # (D,) that the loss w_norm pulls to
+    ws_avg: Tensor  # (L, D) that the loss w_norm pulls to
     mean: Tensor | None  # the start "mean"; None: there the space has no picture of its own
     of_z: Callable[[Tensor], Tensor]  # z (B, Z) -> latents (B, …)
     of_given: Callable[[Tensor], Tensor]  # latents of this space, w or w+ -> latents
@@ -180,15 +179,15 @@ def space_of(generator: Generator | DcganGenerator, name: Space) -> LatentSpace:
         zeros = generator.torgb.weight.new_zeros(generator.z_dim)
         return LatentSpace(z_shape, zeros, zeros, same, same, lambda z: z[:, None], lambda _: root)
 
-    w_avg, layers = generator.w_avg, generator.num_ws
+    w_avg, ws_avg = generator.w_avg, generator.ws_avg
     if name == "z":
-        return LatentSpace(z_shape, w_avg, None, same, same, generator.map, lambda _: root)
+        return LatentSpace(z_shape, ws_avg, None, same, same, generator.map, lambda _: root)
 
     def everywhere(w: Tensor) -> Tensor:
-        return broadcast(w, layers) if w.ndim == 2 else w
+        return generator.broadcast(w) if w.ndim == 2 else w
 
     def one(ws: Tensor) -> Tensor:
-        return ws.mean(dim=1) if ws.ndim == 3 else ws
+        return ws[:, : generator.layers].mean(dim=1) if ws.ndim == 3 else ws
 
     @torch.no_grad()
     def spread_of_w(rng: torch.Generator) -> Tensor:
@@ -196,14 +195,15 @@ def space_of(generator: Generator | DcganGenerator, name: Space) -> LatentSpace:
         return (generator.mapping(z) - w_avg).square().sum(dim=1).mean().sqrt()
 
     of_w = LatentSpace(
-        w_avg.shape, w_avg, w_avg, generator.mapping, one, everywhere, spread_of_w,
-        Curvature.of_one_w,
+        w_avg.shape, ws_avg, w_avg, generator.mapping, one, everywhere, spread_of_w,
+        lambda curvature: curvature.of_one_w(generator.layers),
     )  # fmt: skip
     if name == "w":
         return of_w
     return replace(
         of_w,
-        shape=(layers, generator.w_dim),
+        shape=ws_avg.shape,
+        mean=ws_avg,
         of_z=lambda z: everywhere(generator.mapping(z)),
         of_given=everywhere,
         ws=same,
@@ -267,12 +267,12 @@ class Problem:
         """(B, …): of the same random latents, each picture's own best."""
         rng = torch.Generator().manual_seed(seed_of(self.search.seed, "start"))
         z = torch.randn(self.search.candidates, self.generator.z_dim, generator=rng)
-        candidates = self.space.of_z(z.to(self.space.w_avg))  # (N, …)
+        candidates = self.space.of_z(z.to(self.space.ws_avg))  # (N, …)
         losses = []  # N of (B,)
         for candidate in candidates.split(1):
             image, ws = self.picture(candidate)
             image, ws = image.expand_as(self.target), ws.expand(len(self.target), -1, -1)
-            losses.append(self.objective(image, ws=ws, w_avg=self.space.w_avg)[0])
+            losses.append(self.objective(image, ws=ws, w_avg=self.space.ws_avg)[0])
         best = torch.stack(losses).nan_to_num(nan=math.inf).argmin(dim=0)  # (B,)
         return candidates[best]
 
@@ -300,10 +300,10 @@ class Problem:
         image, ws = self.picture(latent, maps)
         if self.search.affine:
             target, mask = self.placed(place)
-            loss, _ = self.losses(image, target, mask, ws=ws, w_avg=self.space.w_avg)
+            loss, _ = self.losses(image, target, mask, ws=ws, w_avg=self.space.ws_avg)
             loss = loss + self.search.affine_weight * (AFFINE_UNIT * place).square().sum(dim=1)
         else:
-            loss, _ = self.objective(image, ws=ws, w_avg=self.space.w_avg)
+            loss, _ = self.objective(image, ws=ws, w_avg=self.space.ws_avg)
         if maps:
             loss = loss + self.search.noise_weight * noise_regulariser(maps)
         return latent, image, loss
@@ -328,7 +328,7 @@ class Problem:
         """(1, …) at its strongest, the same for all pictures."""
         rng = torch.Generator().manual_seed(seed_of(self.search.seed, "noise"))
         size = self.space.spread(rng)
-        noise = torch.randn(1, *self.shape, generator=rng).to(self.space.w_avg)
+        noise = torch.randn(1, *self.shape, generator=rng).to(self.space.ws_avg)
         return self.search.latent_noise * size * noise
 
     def noise_maps(self, offsets: Tensor) -> dict[str, Tensor]:

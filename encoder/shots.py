@@ -127,7 +127,7 @@ def central_square(picture: Image.Image) -> Array:
 def shots_of_latents(path: Path, translator: Translator) -> list[Shot]:
     """The frames of a film of which only the latents are known."""
     times, numbers, points, ws = read_trace(path, translator.face)
-    ws = translator.edited(truncate(ws, translator.face.w_avg.cpu(), translator.truncation))
+    ws = translator.edited(truncate(ws, translator.face.ws_avg.cpu(), translator.truncation))
     places, shots = Places(None), []
     for time, rows in groupby(range(len(times)), lambda i: float(times[i])):
         of = {int(numbers[i]): i for i in rows}

@@ -37,7 +37,7 @@ from encoder.metrics import evaluate, image_metrics
 from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
 from generators.adversarial import R1_INTERVAL, discriminator_loss, r1_penalty
-from generators.blocks import SwappedSynthesis
+from generators.blocks import SwappedSynthesis, with_spatial
 from generators.command import command
 from generators.data import Pictures, first_pictures, open_dataset, start_at
 from generators.features import load_backbone
@@ -51,6 +51,7 @@ from generators.tails import load_style
 from generators.tensors import load_state
 
 SHEET = 12  # pictures on it
+BRANCHES = ("dense", "spatial")  # of an encoder, which one begun without may get
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,8 @@ class EncoderTraining(Training):
         device, world = accelerator.device, accelerator.num_processes
         self.pictures = config.batch_size * config.accumulation * world
         generator = checkpoint.load(checkpoint.resolve(config.face_generator), Generator)
+        if config.joint.spatial:
+            generator = with_spatial(generator, config.joint.spatial, config.seed)
         self.generator = frozen(generator).to(device)
         encoder = build_encoder(config, generator).to(memory_format=torch.channels_last)
         self.encoder: Encoder = encoder.to(device).train()
@@ -205,7 +208,7 @@ class EncoderTraining(Training):
                 batch.images,
                 ws=ws,
                 ws_target=batch.ws,
-                w_avg=self.generator.w_avg,
+                w_avg=self.generator.ws_avg,
                 known=batch.known,
             )
             loss = total.mean()
@@ -333,14 +336,15 @@ def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
             input_size=config.input_size,
             shared=config.shared or (initial is not None and initial.config.shared),
             dense=config.dense or (0 if initial is None else initial.config.dense),
+            spatial=generator.config.spatial,
         )
     )
     if initial is not None:
         complaint = f"{config.init} is of another --backbone, --width or --depth"
         begun = initial.state_dict()
-        if config.dense and not initial.config.dense:  # this branch begins with nothing to add
-            new = {k: v for k, v in encoder.state_dict().items() if k.startswith("dense.")}
-            begun = new | begun
+        new = [name for name in BRANCHES if not getattr(initial.config, name)]  # begin anew
+        fresh = {k: v for k, v in encoder.state_dict().items() if k.partition(".")[0] in new}
+        begun = fresh | begun
         load_state(encoder, begun, complaint)
     elif config.backbone_weights != "random":
         load_backbone(encoder.backbone, config.backbone, config.backbone_weights)

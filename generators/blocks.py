@@ -31,6 +31,7 @@ from generators.discriminator import Discriminator
 from generators.disk import may_write, write_atomically
 from generators.images import grid, labelled, resize
 from generators.latents import DEVIATIONS, StyleLimit, read_ws
+from generators.runs import seed_of
 from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode, SynthesisNetwork
 
 RECONSTRUCTION = "reconstruction"  # among drawings, by style, the face generator's own picture
@@ -224,6 +225,8 @@ class SwappedSynthesis(nn.Module):
         if early:
             x, image = self.face.run_blocks(early, None, None, ws, noise_mode)
         limited = self.limit(ws if drawing_ws is None else drawing_ws, colours, swap)
+        if drawing_ws is not None and self.face.spatial:  # which is no style
+            limited = torch.cat([limited[:, : self.face.layers], ws[:, self.face.layers :]], dim=1)
         made = {
             name: self.tail(name).run_blocks(late, x, image, limited, noise_mode)[1]
             for name in (self.styles if styles is None else styles)
@@ -237,6 +240,26 @@ class SwappedSynthesis(nn.Module):
         if style not in self.styles:
             raise ValueError(f"There is no style {style}; choose from {', '.join(self.styles)}.")
         return self.tails[self.styles.index(style)]  # type: ignore[return-value]
+
+
+# ----------------------------------------------------------------------- a spatial code
+
+
+def with_spatial(generator: Generator, channels: int, seed: int = 0) -> Generator:
+    """The generator, and a spatial code of so many channels, to which its pictures answer at
+    random. ValueError where it has another one."""
+    if generator.config.spatial == channels:
+        return generator
+    if generator.config.spatial:
+        raise ValueError(
+            f"The generator has a spatial code of {generator.config.spatial} channels, not "
+            f"{channels}; leave --spatial out."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "spatial"))
+        result = Generator(replace(generator.config, spatial=channels))
+    result.load_state_dict(result.state_dict() | generator.state_dict())
+    return result.to(generator.w_avg).train(generator.training)
 
 
 # ----------------------------------------------------------------------------- checks

@@ -82,10 +82,10 @@ class Curvature(nn.Module):
         w = flat * u + ((u @ self.basis.T) * stretch) @ self.basis
         return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
 
-    def of_one_w(self) -> Curvature:
-        """That of w (L = 1), the same w going to every layer."""
-        layers, size = self.config.num_ws, self.config.w_dim
-        rows = self.basis.view(-1, layers, size).sum(dim=1)  # (K, D)
+    def of_one_w(self, layers: int | None = None) -> Curvature:
+        """That of w (L = 1), the same w going to each of the first `layers` rows, None: to all."""
+        layers, size = layers or self.config.num_ws, self.config.w_dim
+        rows = self.basis.view(-1, self.config.num_ws, size)[:, :layers].sum(dim=1)  # (K, D)
         # the other eigenvalues' part is not known by direction: `rest` times what the kept leave
         whole = (rows.T * (self.values - self.rest)) @ rows
         whole = whole + layers * self.rest * torch.eye(size).to(whole)

@@ -408,9 +408,10 @@ class StyleGan2Training(AdversarialTraining):
                 torch.distributed.all_reduce(mean)
                 mean /= draw.world
             generator.w_avg.lerp_(mean, 1 - W_AVG_DECAY)
-        ws = w[:, None].expand(-1, generator.num_ws, -1)  # (B, L, D)
+        ws = generator.broadcast(w)  # (B, L, D)
         if self.config.style_mixing:
-            mixed = mix_styles(ws, ws.roll(1, 0), self.config.style_mixing, draw.own_rng())
+            share, layers = self.config.style_mixing, generator.layers
+            mixed = mix_styles(ws, ws.roll(1, 0), share, draw.own_rng(), layers)
             ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
         drawn, chosen = ws, torch.zeros(0, dtype=torch.long, device=ws.device)
         if self.latents is not None and self.found is not None:
@@ -429,7 +430,7 @@ class StyleGan2Training(AdversarialTraining):
         generator, running = self.generator, self.state.modules["path"]
         z = draw.z(generator)[: max(len(draw.real) // 2, 1)]
         with self.accelerator.autocast():
-            ws = generator.mapping(z)[:, None].expand(-1, generator.num_ws, -1)
+            ws = generator.map(z)
             images = generator.synthesis(ws, "random")
             lengths = path_length(images, ws, torch.randn_like(images))
         mean = lengths.detach().mean()

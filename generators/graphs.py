@@ -172,6 +172,8 @@ def synthesis(
     swap = network.swap_resolution if swap_resolution is None else swap_resolution
     first = network.limit.first_of[swap]
     drawn = limited(graph, network.limit, drawing_ws or ws, first, colours)
+    if drawing_ws and network.face.spatial:  # which is no style
+        drawn = joined(graph, (drawn, ws), (0, network.face.layers, network.face.num_ws))
     x = image = ""
     for r in (r for r in network.resolutions if r < swap):
         x, image = block(graph, network.face, r, x, image, ws)
@@ -189,10 +191,14 @@ def synthesis(
 
 def limited(graph: Graph, limit: StyleLimit, ws: str, first: int, colours: str = "") -> str:
     """`generators.latents.StyleLimit`: (B, L, D) -> the same, for the drawing's blocks."""
+    if limit.infinite and not colours:
+        return ws
     mean, late = graph.constant(limit.mean), ws
+    if limit.layers < limit.num_ws:  # what follows the layers is no style
+        late = joined(graph, (ws,), (0, limit.layers))
     if not limit.infinite:
         axes, bound = graph.constant(limit.axes), graph.constant(limit.bound)
-        along = graph("MatMul", graph("Sub", ws, mean), axes)
+        along = graph("MatMul", graph("Sub", late, mean), axes)
         along = graph("Max", graph("Min", along, bound), graph("Neg", bound))
         within = graph("Add", mean, graph("MatMul", along, graph.constant(limit.axes.T)))
         average = graph("ReduceMean", within, graph.constant([1]), keepdims=1)
@@ -200,12 +206,17 @@ def limited(graph: Graph, limit: StyleLimit, ws: str, first: int, colours: str =
         late = graph("Add", graph("Mul", within, own), graph("Mul", average, shared))  # (B, L, D)
     if colours:
         late = graph("Add", late, graph("Mul", graph("Sub", mean, late), colours))
-    if first == 0 or late == ws:
+    if first == 0 and limit.layers == limit.num_ws:
         return late
-    ends = graph.constant([0]), graph.constant([first]), graph.constant([1 << 30])
-    layers = graph.constant([1])
-    early = graph("Slice", ws, ends[0], ends[1], layers)
-    return graph("Concat", early, graph("Slice", late, ends[1], ends[2], layers), axis=1)
+    return joined(graph, (ws, late, ws), (0, first, limit.layers, limit.num_ws))
+
+
+def joined(graph: Graph, values: Sequence[str], ends: Sequence[int]) -> str:
+    """Rows ends[0] to ends[1] of the first of values (B, L, D), ends[1] to ends[2] of the next …"""
+    places = [graph.constant([end]) for end in ends]
+    parts = zip(values, places[:-1], places[1:], strict=True)
+    rows = [graph("Slice", x, *between, graph.constant([1])) for x, *between in parts]
+    return graph("Concat", *rows, axis=1) if rows[1:] else rows[0]
 
 
 def block(
@@ -221,6 +232,11 @@ def block(
         x = layer(graph, part.conv0, x, row(graph, ws, index), resolution)
     x = layer(graph, part.conv1, x, row(graph, ws, index + 1), resolution)
     rgb = to_rgb(graph, part.torgb, x, row(graph, ws, index + 2), resolution)
+    if part.has_spatial:
+        code = joined(graph, (ws,), (network.layers, network.num_ws))
+        code = graph("Reshape", code, graph.constant([-1, network.spatial, *[resolution] * 2]))
+        code = convolved(graph, graph.cast(code, graph.dtype), part.spatial.weight)
+        x = graph("Add", x, code)
     return x, graph("Add", upsampled(graph, image), rgb) if image else rgb
 
 

@@ -1,11 +1,12 @@
 """Latents: the spaces as pure functions, the spread of w, and files of latents.
 
-    ws = truncate(from_offsets(offsets, generator.w_avg), generator.w_avg, psi=0.7)
+    ws = truncate(from_offsets(offsets, generator.ws_avg), generator.ws_avg, psi=0.7)
     ws = StyleLimit(generator, swap_resolution=16)(ws)            # near what a mapping gives
     ws = read_ws(Path("latents/"), generator)                     # of one file, or of a folder
 
-Spaces: z (B, Z), w (B, D), w+ (B, L, D), offsets from w_avg (B, L, D).
-Shape letters: B batch, N latents of a file or samples, L layers of w+, D dimension of w, Z of z.
+Spaces: z (B, Z), w (B, D), w+ (B, L, D), offsets from ws_avg (B, L, D).
+Shape letters: B batch, N latents of a file or samples, L rows of w+, layers first (`stylegan2`), D
+dimension of w, Z of z.
 """
 
 import math
@@ -22,18 +23,14 @@ from generators.dcgan import DcganGenerator
 from generators.disk import find_files, write_atomically
 from generators.ops import Linear
 from generators.runs import seed_of
-from generators.stylegan2 import Generator
+from generators.stylegan2 import SPATIAL_SIDE, Generator
 from generators.tensors import read_weights
 
 SAMPLES = 8192  # of z, that the axes are measured with
+SPATIAL_LAYER = 2 * (SPATIAL_SIDE.bit_length() - 3)  # of the convolution whose features it changes
 DEVIATIONS = math.inf  # limit of styles by default: photos' codes fill the w of the bundled models
 LIMIT = 1.5  # for an encoder whose w+ lie outside; see benchmarks/LOG.md, for these two
 SHARED = 1 / 3  # of a late layer that is the mean over layers; more: cleaner, less like the photo
-
-
-def broadcast(w: Tensor, num_ws: int) -> Tensor:
-    """w (B, D) -> w+ (B, L, D): the same w at each of the L = num_ws layers."""
-    return w.unsqueeze(1).expand(-1, num_ws, -1)
 
 
 def from_offsets(offsets: Tensor, w_avg: Tensor) -> Tensor:
@@ -55,24 +52,32 @@ def truncate(ws: Tensor, w_avg: Tensor, psi: float, cutoff: int | None = None) -
     return truncated if cutoff is None else mix(truncated, ws, cutoff)
 
 
-def mix(coarse: Tensor, fine: Tensor, from_layer: int) -> Tensor:
+def mix(coarse: Tensor, fine: Tensor, from_layer: int, layers: int | None = None) -> Tensor:
     """Layers below `from_layer` of one ws (B, L, D), the others of another: style mixing.
 
-    Karras et al. 2019 (arXiv:1812.04948), sec. 3.1.
+    Karras et al. 2019 (arXiv:1812.04948), sec. 3.1. Rows from `layers` on (None: L), the spatial
+    code, are those of the picture whose last layer of that block is taken.
     """
-    return torch.cat([coarse[:, :from_layer], fine[:, from_layer:]], dim=1)
+    layers = coarse.shape[1] if layers is None else layers
+    spatial = coarse if from_layer > SPATIAL_LAYER else fine
+    return torch.cat(
+        [coarse[:, :from_layer], fine[:, from_layer:layers], spatial[:, layers:]], dim=1
+    )
 
 
-def mix_styles(ws_a: Tensor, ws_b: Tensor, probability: float, rng: torch.Generator) -> Tensor:
+def mix_styles(
+    ws_a: Tensor, ws_b: Tensor, probability: float, rng: torch.Generator, layers: int | None = None
+) -> Tensor:
     """Style mixing: ws_a (B, L, D), with ws_b's layers from a crossover on in about `probability`
     of the pictures (Karras et al. 2019, arXiv:1812.04948, section 3.1; there 0.9).
 
-    The crossover is uniform in 1 … L - 1, another one for each picture.
+    The crossover is uniform in 1 … `layers` - 1, None: L - 1, another one for each picture. Neither
+    has a spatial code.
     """
-    batch, layers, _ = ws_a.shape
-    crossover = torch.randint(1, layers, (batch, 1), generator=rng, device=rng.device)
+    batch, rows, _ = ws_a.shape
+    crossover = torch.randint(1, layers or rows, (batch, 1), generator=rng, device=rng.device)
     mixed = torch.rand(batch, 1, generator=rng, device=rng.device) < probability
-    from_b = mixed & (torch.arange(layers, device=rng.device) >= crossover)  # (B, L)
+    from_b = mixed & (torch.arange(rows, device=rng.device) >= crossover)  # (B, L)
     return torch.where(from_b[:, :, None].to(ws_a.device), ws_b, ws_a)
 
 
@@ -160,6 +165,7 @@ class StyleLimit(nn.Module):
         resolutions = generator.config.block_resolutions
         self.first_of = {r: max(0, 2 * block - 1) for block, r in enumerate(resolutions)}
         self.first = self.first_of[swap_resolution]
+        self.layers, self.num_ws = generator.layers, generator.num_ws  # what follows is no style
         self.infinite = deviations == math.inf
         if self.infinite:
             self.register_buffer("mean", generator.w_avg.clone())  # (D)
@@ -173,14 +179,15 @@ class StyleLimit(nn.Module):
         self, ws: Tensor, colours: float = 0.0, swap_resolution: int | None = None
     ) -> Tensor:
         first = self.first if swap_resolution is None else self.first_of[swap_resolution]
-        mean, late = self.mean.to(ws.dtype), ws[:, first:]
+        mean, late = self.mean.to(ws.dtype), ws[:, first : self.layers]
         if not self.infinite:
             axes, bound = self.axes.to(ws.dtype), self.bound.to(ws.dtype)
-            within = mean + ((ws - mean) @ axes).clamp(-bound, bound) @ axes.T  # (B, L, D)
+            along = (ws[:, : self.layers] - mean) @ axes
+            within = mean + along.clamp(-bound, bound) @ axes.T  # (B, layers, D)
             late = within[:, first:].lerp(within.mean(dim=1, keepdim=True), SHARED)
         if colours:
             late = late.lerp(mean.expand_as(late), colours)
-        return torch.cat([ws[:, :first], late], dim=1)
+        return torch.cat([ws[:, :first], late, ws[:, self.layers :]], dim=1)
 
 
 # ------------------------------------------------------------------------------- files

@@ -7,7 +7,12 @@
 Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN". Names are those of
 NVIDIA's PyTorch code, per resolution: `synthesis.b64.conv0.weight`; its numbers too, to rounding.
 
-Shape letters: B batch, L layers of w+, D w dimension, Z z dimension, R resolution, C channels.
+A generator may have a spatial code: some more rows of w+ are no layer's w but together a map of
+8 x 8 that its 8² block adds to its features, as in the F spaces of inversion (Kang et al. 2021,
+arXiv:2108.13700; Yao et al. 2022, arXiv:2208.06105, section 3.2). It is 0 where w comes from z.
+
+Shape letters: B batch, L rows of w+, D w dimension, Z z dimension, R resolution, C channels, S
+channels of the spatial code.
 """
 
 import math
@@ -21,6 +26,7 @@ from torch import Tensor, nn
 from generators.ops import LRELU_GAIN, LRELU_SLOPE, Linear, modulated_conv, upsample2x
 
 NoiseMode = Literal["const", "random", "none"]
+SPATIAL_SIDE = 8  # of the spatial code, and the resolution of the block that adds it
 
 
 def resolutions_up_to(resolution: int) -> list[int]:
@@ -55,6 +61,7 @@ class GeneratorConfig:
     channel_max: int = 512  # 1 or more
     widths: tuple[int, ...] = ()  # channels at 4, 8, … R; overrides the two above
     conv_clamp: float | None = None  # of activations; 256 in NVIDIA's mixed-precision networks
+    spatial: int = 0  # S, channels of the spatial code; 0: there is none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # a list when read from JSON
@@ -64,6 +71,13 @@ class GeneratorConfig:
             )
         if self.conv_clamp is not None and not self.conv_clamp > 0:
             raise ValueError(f"conv_clamp must be a number above 0, or none, not {self.conv_clamp}")
+        if not isinstance(self.spatial, int) or self.spatial < 0:
+            raise ValueError(f"spatial must be a whole number from 0 up, not {self.spatial}")
+        if self.spatial and (self.resolution < SPATIAL_SIDE or self.spatial_numbers % self.w_dim):
+            raise ValueError(
+                f"a spatial code needs a resolution of {SPATIAL_SIDE} or more, and its "
+                f"{self.spatial_numbers} numbers must fill rows of w_dim = {self.w_dim}"
+            )
 
     @property
     def channels(self) -> dict[int, int]:
@@ -74,9 +88,18 @@ class GeneratorConfig:
         return resolutions_up_to(self.resolution)
 
     @property
-    def num_ws(self) -> int:
-        """L: two per resolution."""
+    def layers(self) -> int:
+        """Rows of w+ that are a layer's w: two per resolution. They come first."""
         return 2 * len(self.block_resolutions)
+
+    @property
+    def spatial_numbers(self) -> int:
+        return self.spatial * SPATIAL_SIDE**2
+
+    @property
+    def num_ws(self) -> int:
+        """L: the layers, then the rows of the spatial code."""
+        return self.layers + self.spatial_numbers // self.w_dim
 
 
 class MappingNetwork(nn.Module):
@@ -161,10 +184,17 @@ class ToRGB(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: constant or upsampling layer, a layer, toRGB added to the upsampled image."""
+    """One resolution: constant or upsampling layer, a layer, toRGB added to the upsampled image;
+    then what the spatial code adds to the features."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, clamp: float | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        clamp: float | None,
+        spatial: int = 0,
     ) -> None:
         super().__init__()
         if in_channels == 0:
@@ -173,7 +203,10 @@ class SynthesisBlock(nn.Module):
             self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, True, clamp)
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, False, clamp)
         self.torgb = ToRGB(out_channels, w_dim, clamp)
-        self.first = in_channels == 0
+        if spatial:
+            self.spatial = nn.Conv2d(spatial, out_channels, 1, bias=False)
+            nn.init.normal_(self.spatial.weight, std=0.3 * spatial**-0.5)
+        self.first, self.has_spatial = in_channels == 0, spatial > 0
 
     def forward(
         self,
@@ -182,6 +215,7 @@ class SynthesisBlock(nn.Module):
         ws: Tensor,
         noise_mode: NoiseMode,
         rng: torch.Generator | None,
+        code: Tensor | None = None,  # (B, S, 8, 8)
     ) -> tuple[Tensor, Tensor]:
         """ws (B, 3, D), or (B, 2, D) for the first block: one w per convolution, then toRGB's."""
         if x is None:
@@ -190,6 +224,8 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x, ws[:, 0], noise_mode, rng)
         x = self.conv1(x, ws[:, -2], noise_mode, rng)
         rgb = self.torgb(x, ws[:, -1]).float()
+        if code is not None:
+            x = x + self.spatial(code.to(x.dtype)).to(x.dtype)
         return x, rgb if image is None else upsample2x(image) + rgb
 
 
@@ -199,10 +235,12 @@ class SynthesisNetwork(nn.Module):
     def __init__(self, config: GeneratorConfig, first: int = 4) -> None:
         super().__init__()
         self.resolutions = config.block_resolutions
+        self.layers, self.num_ws, self.spatial = config.layers, config.num_ws, config.spatial
         channels = {2: 0} | config.channels
         for r in (r for r in self.resolutions if r >= first):
+            spatial = config.spatial if r == SPATIAL_SIDE else 0
             block = SynthesisBlock(
-                channels[r // 2], channels[r], config.w_dim, r, config.conv_clamp
+                channels[r // 2], channels[r], config.w_dim, r, config.conv_clamp, spatial
             )
             self.add_module(f"b{r}", block)
 
@@ -222,19 +260,27 @@ class SynthesisNetwork(nn.Module):
         rng: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs consecutive blocks on features x and image, both None before the first."""
-        num_ws = 2 * len(self.resolutions)
-        if ws.ndim != 3 or ws.shape[1] != num_ws:
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
             raise ValueError(
-                f"ws must be (B, {num_ws}, D) at resolution {self.resolutions[-1]}, "
+                f"ws must be (B, {self.num_ws}, D) at resolution {self.resolutions[-1]}, "
                 f"not {tuple(ws.shape)}"
             )
         for r in resolutions:
             # a block's toRGB shares its w with the next conv0
             first = max(2 * self.resolutions.index(r) - 1, 0)
             last = 2 * self.resolutions.index(r) + 2
-            x, image = self.get_submodule(f"b{r}")(x, image, ws[:, first:last], noise_mode, rng)
+            code = None
+            if self.spatial and r == SPATIAL_SIDE:
+                code = ws[:, self.layers :].reshape(-1, self.spatial, r, r)
+            styles = ws[:, first:last]
+            x, image = self.get_submodule(f"b{r}")(x, image, styles, noise_mode, rng, code)
         assert x is not None and image is not None
         return x, image
+
+
+def broadcast(w: Tensor, layers: int) -> Tensor:
+    """w (B, D) -> (B, layers, D): the same w at each layer."""
+    return w.unsqueeze(1).expand(-1, layers, -1)
 
 
 class Generator(nn.Module):
@@ -248,21 +294,33 @@ class Generator(nn.Module):
         self.config = config
         self.mapping = MappingNetwork(config.z_dim, config.w_dim, config.mapping_layers)
         self.synthesis = SynthesisNetwork(config)
-        self.resolution, self.num_ws = config.resolution, config.num_ws
+        self.resolution, self.num_ws, self.layers = config.resolution, config.num_ws, config.layers
         self.z_dim, self.w_dim = config.z_dim, config.w_dim
 
     @property
     def w_avg(self) -> Tensor:
         return self.mapping.w_avg
 
+    @property
+    def ws_avg(self) -> Tensor:
+        """(L, D): w_avg at each layer, no spatial code."""
+        return self.broadcast(self.w_avg[None])[0]
+
+    def broadcast(self, w: Tensor) -> Tensor:
+        """w (B, D) -> ws (B, L, D): the same w at each layer, no spatial code."""
+        ws = broadcast(w, self.layers)
+        return F.pad(ws, (0, 0, 0, self.num_ws - self.layers))
+
     def map(
         self, z: Tensor, truncation: float = 1.0, truncation_cutoff: int | None = None
     ) -> Tensor:
         """z (B, Z) -> ws (B, L, D), of which the first `truncation_cutoff` (None: all) are pulled
         to w_avg."""
-        ws = self.mapping(z)[:, None].repeat(1, self.num_ws, 1)  # (B, L, D)
+        ws = self.broadcast(self.mapping(z))  # (B, L, D), a copy
         if truncation != 1:
-            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            cutoff = (
+                self.layers if truncation_cutoff is None else min(truncation_cutoff, self.layers)
+            )
             ws[:, :cutoff] = self.w_avg.lerp(ws[:, :cutoff], truncation)
         return ws
 

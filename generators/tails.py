@@ -24,10 +24,17 @@ import tyro
 from torch import nn
 
 from generators import checkpoint
-from generators.blocks import check_pair, check_resolution, resolution_of, swap
+from generators.blocks import (
+    check_pair,
+    check_resolution,
+    resolution_of,
+    swap,
+    with_spatial,
+)
 from generators.command import command, console, printable
 from generators.disk import may_write
-from generators.stylegan2 import Generator, GeneratorConfig, SynthesisNetwork
+from generators.stylegan2 import SPATIAL_SIDE, Generator, GeneratorConfig, SynthesisNetwork
+from generators.tensors import load_state
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,11 @@ class Tail(nn.Module):
 
 
 def tail_of(generator: Generator, first: int, trunk: Generator | None = None) -> Tail:
-    """The late blocks of a fine-tune, for the face generator `trunk`; None: for its own trunk."""
+    """The late blocks of a fine-tune, for the face generator `trunk`; None: for its own trunk. They
+    do not mind whether that has a spatial code, where theirs begin behind it."""
     if trunk is not None:
+        if first > SPATIAL_SIDE:
+            generator = with_spatial(generator, trunk.config.spatial)
         check_pair(trunk, generator, first)
     fingerprint = trunk_of(trunk or generator, first)
     with torch.random.fork_rng(devices=[]):
@@ -77,6 +87,16 @@ def tail_of(generator: Generator, first: int, trunk: Generator | None = None) ->
     state = generator.state_dict()
     tail.load_state_dict({name: state[name] for name in tail.state_dict()})
     return tail.eval()
+
+
+def moved(tail: Tail, trunk: Generator) -> Tail:
+    """The same late blocks for another face generator, as one whose early blocks have learnt on."""
+    with torch.random.fork_rng(devices=[]):
+        fingerprint = trunk_of(trunk, tail.config.first)
+        shape = asdict(trunk.config) | {"first": tail.config.first, "trunk": fingerprint}
+        result = Tail(TailConfig(**shape))
+    load_state(result, tail.state_dict(), "the tail's blocks have other shapes")
+    return result.eval()
 
 
 def trunk_of(generator: Generator, first: int) -> str:
@@ -94,11 +114,16 @@ def trunk_of(generator: Generator, first: int) -> str:
 
 
 def load_style(name_or_path: str | Path, face: Generator) -> Generator:
-    """A fine-tune of `face`: a tail on it, or a whole generator. ValueError, where the file is
-    neither, or a tail of another face generator."""
+    """A fine-tune of `face`: a tail on it, or a whole generator, which gets the face's spatial code
+    if it is from before that had one. ValueError, where the file is neither, or a tail of another
+    face generator."""
     path = checkpoint.resolve(name_or_path)
     found: Any = checkpoint.load(path, Generator, Tail)
     if isinstance(found, Generator):
+        if face.config.spatial and not found.config.spatial:
+            found = with_spatial(found, face.config.spatial)
+            answer, its = (g.synthesis.get_submodule("b8.spatial") for g in (found, face))
+            answer.load_state_dict(its.state_dict())
         return found
     try:
         return found.on(face).eval()
@@ -120,7 +145,7 @@ def load_styles(styles: Mapping[str, str | Path], face: Generator) -> dict[str, 
 
 @dataclass(frozen=True)
 class TailsConfig:
-    source: Annotated[str, tyro.conf.Positional]  # a fine-tune: a bundled name or a file
+    source: Annotated[str, tyro.conf.Positional]  # a fine-tune or a tail: a bundled name or a file
     target: Annotated[Path, tyro.conf.Positional]  # its late blocks, in half precision
     first: int = 16  # resolution of the first block that is kept
     face_generator: str | None = None  # that it is for; None: the source's own early blocks
@@ -134,7 +159,16 @@ def run(config: TailsConfig) -> None:
     if config.face_generator is not None:
         face = checkpoint.load(checkpoint.resolve(config.face_generator), Generator)
     may_write(config.target, config.overwrite, [source])
-    tail = tail_of(checkpoint.load(source, Generator), config.first, face)
+    found: Any = checkpoint.load(source, Generator, Tail)
+    if isinstance(found, Generator):
+        tail = tail_of(found, config.first, face)
+    elif face is None:
+        raise ValueError(
+            f"{printable(config.source)} is a tail already; give --face-generator, the generator "
+            "that it is to go on."
+        )
+    else:
+        tail = moved(found, face)
     provenance = checkpoint.read_metadata(source)["provenance"] | config.provenance
     checkpoint.save(config.target, tail, provenance=provenance, half=True)
     size = config.target.stat().st_size / 1e6

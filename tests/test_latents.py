@@ -5,11 +5,12 @@ import torch
 
 from generators import latents
 from generators.dcgan import DcganConfig, DcganGenerator
+from generators.stylegan2 import broadcast
 
 
 def test_broadcast_repeats_w_at_each_layer():
     w = torch.randn(2, 3)
-    ws = latents.broadcast(w, 4)
+    ws = broadcast(w, 4)
     assert ws.shape == (2, 4, 3)
     assert all(torch.equal(ws[:, layer], w) for layer in range(4))
 

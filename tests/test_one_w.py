@@ -10,6 +10,7 @@ import pytest
 import torch
 from pictures import photo
 
+from encoder.joint import energy_distance
 from encoder.model import Encoder, EncoderConfig
 from encoder.one_w import OneWConfig, run
 from generators import checkpoint
@@ -19,9 +20,7 @@ from generators.stylegan2 import Generator
 
 
 @pytest.fixture(params=[0, 4], ids=["attention", "dense"])
-def pair(
-    tmp_path: Path, face: Generator, anime: Generator, request: pytest.FixtureRequest
-) -> Path:
+def pair(tmp_path: Path, face: Generator, anime: Generator, request: pytest.FixtureRequest) -> Path:
     """A folder with three photos, whose w+ and mirrored ones do not fill a w of 8 dimensions."""
     for i in range(3):
         photo(i).save(tmp_path / f"{i}.png")
@@ -106,6 +105,34 @@ def test_twice_is_as_good_as_once(pair: Path) -> None:
         with torch.no_grad():
             pictures.append(generator.synthesis(encoder(photos)))
     torch.testing.assert_close(*pictures, atol=2e-3, rtol=1e-3)
+
+
+def test_the_mapping_network_alone_can_be_fitted_anew(pair: Path) -> None:
+    """Of a pair whose photos have moved away from its w."""
+    with pytest.raises(ValueError, match="encoder of one w"):
+        run(moved(pair, mapping_only=True))
+    run(moved(pair, also=()))
+    files = [pair / "out" / f"{name}.safetensors" for name in ("encoder", "generator")]
+    photos = first_pictures(open_dataset(pair, 16), 3)
+    encoder, face = (
+        checkpoint.load(f, c) for f, c in zip(files, (Encoder, Generator), strict=True)
+    )
+    with torch.no_grad():
+        encoder.to_shared.bias.add_(2)
+        checkpoint.save(files[0], encoder)
+        ws = encoder(photos)
+    again = pair / "again"
+    run(OneWConfig(*map(str, files), again, data=str(pair), fit_steps=300, mapping_only=True))
+    after = checkpoint.load(again / "encoder.safetensors", Encoder)
+    fitted = checkpoint.load(again / "generator.safetensors", Generator)
+    with torch.no_grad():
+        torch.testing.assert_close(after(photos), ws)
+        torch.testing.assert_close(fitted.synthesis(ws), face.synthesis(ws))
+    torch.testing.assert_close(after.w_avg, fitted.w_avg)
+    z, w = torch.randn(500, face.z_dim), ws.mean(dim=1)
+    with torch.no_grad():
+        distances = [energy_distance(g.mapping(z), w) for g in (face, fitted)]
+    assert distances[1] < 0.7 * distances[0]
 
 
 def test_files_that_exist_are_not_replaced_unasked(

@@ -4,6 +4,7 @@ pytest tests/test_reference.py
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from encoder.pipeline import Translator
 from encoder.reference import References, invert
 from generators.checkpoint import save
 from generators.images import to_pil
-from generators.latents import broadcast
 from generators.palette import colours
+from generators.stylegan2 import broadcast
 
 
 @pytest.fixture
@@ -247,7 +248,19 @@ def test_what_is_no_drawing_is_one_sentence(models, given, tmp_path, monkeypatch
     assert "nowhere" in complaint(tmp_path / "nowhere.png")
     assert "0 to 1" in complaint(given, "--reference-strength", "1.5")
     assert "one style" in complaint(given, "--styles", "anime,sketch")
-    monkeypatch.setattr(reference, "LARGEST_ERROR", 0.4)
     noise = tmp_path / "noise.png"
     photo(3, 8, 8).resize((64, 64), Image.Resampling.NEAREST).save(noise)
+    monkeypatch.setattr(reference, "LARGEST_STRANGENESS", 2.5)
+    assert "noise.png shows no drawn head, or one unlike any that this style" in complaint(noise)
+    monkeypatch.setattr(reference, "LARGEST_STRANGENESS", math.inf)
+    monkeypatch.setattr(reference, "LARGEST_ERROR", 0.4)
     assert "noise.png shows no drawn face that the generator can draw" in complaint(noise)
+
+
+def test_a_style_s_own_drawings_are_not_strange_to_it_and_other_things_are(translator, drawings):
+    strangeness = reference.Strangeness(translator)
+    own = strangeness(drawings[0])
+    noise = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    assert own.shape == (6,) and 0.3 < own.median() < 2
+    assert strangeness(noise).min() > 1.5 * own.max()
+    torch.testing.assert_close(strangeness(drawings[0][:2]), own[:2])

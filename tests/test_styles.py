@@ -3,6 +3,7 @@
 pytest tests/test_styles.py
 """
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -103,6 +104,22 @@ def test_a_tail_can_be_made_for_another_trunk(face, anime, ws, tmp_path):
     save(file, tail_of(anime, 8, face))
     wanted = SwappedSynthesis(face, anime, 8)(ws)
     assert torch.equal(SwappedSynthesis(face, load_style(file, face), 8)(ws), wanted)
+
+
+def test_a_tail_goes_on_a_trunk_that_has_learnt_on(face, anime, ws, tmp_path, capsys):
+    tail, trunk, moved = (tmp_path / f"{name}.safetensors" for name in ("tail", "trunk", "moved"))
+    save(tail, tail_of(swap(face, anime, 8), 8))
+    learnt = copy.deepcopy(face)
+    learnt.synthesis.b4.const += 1
+    save(trunk, learnt)
+    with pytest.raises(ValueError, match="tail of another face generator"):
+        load_style(tail, learnt)
+    assert tails.main([str(tail), str(moved)]) == 2
+    assert "a tail already; give --face-generator" in " ".join(capsys.readouterr().err.split())
+    assert tails.main([str(tail), str(moved), "--face-generator", str(trunk)]) == 0
+    drawn = SwappedSynthesis(learnt, load_style(moved, learnt), 8)(ws)
+    wanted = SwappedSynthesis(learnt, anime, 8)(ws)
+    torch.testing.assert_close(drawn, wanted, atol=0.02, rtol=0.02)
 
 
 # ----------------------------------------------------------------------------- commands

@@ -22,7 +22,7 @@ from generators.discriminator import Discriminator, DiscriminatorConfig
 from generators.images import to_pil
 from generators.loop import make_accelerator
 from generators.projected import ProjectedConfig, ProjectedDiscriminator
-from generators.runs import read_checkpoint
+from generators.runs import read_checkpoint, seed_of
 from generators.stylegan2 import Generator, GeneratorConfig
 
 
@@ -202,6 +202,26 @@ def test_frozen_blocks_of_a_joint_training_stay(world: Path, tmp_path: Path) -> 
     for name, weight in before.named_parameters():
         frozen = "synthesis.b16" not in name and "synthesis.b32" not in name
         assert torch.equal(weight, after.get_parameter(name)) == frozen, name
+
+
+def test_a_joint_training_learns_a_spatial_code(world: Path, tmp_path: Path) -> None:
+    learning = JointOptions(generator_lr=1e-3, freeze_generator_below=16, spatial=3)
+    values = {"steps": 2, "save_every": 2, "joint": learning, "eval_every": 1}
+    values |= {"eval_data": str(world / "faces"), "loss": LossWeights(), "networks": LossNetworks()}
+    values["anime_generator"] = str(world / "anime.safetensors")  # has no code
+    train(EncoderTrainConfig(**joint(world, tmp_path / "run", **values)), cpu=True)
+    before = checkpoint.load(world / "face.safetensors", Generator)
+    after = checkpoint.load(tmp_path / "run" / "generator.safetensors", Generator)
+    encoder = checkpoint.load(tmp_path / "run" / "encoder.safetensors", Encoder)
+    assert after.config.spatial == encoder.config.spatial == 3
+    assert after.num_ws == encoder.config.num_ws == before.num_ws + 3 * 64 // 12
+    torch.manual_seed(seed_of(0, "spatial"))
+    start = Generator(after.config).synthesis.get_submodule("b8").spatial.weight
+    assert not torch.equal(start, after.synthesis.get_submodule("b8").spatial.weight)
+    for name, weight in before.named_parameters():
+        frozen = "synthesis.b16" not in name
+        assert torch.equal(weight, after.get_parameter(name)) == frozen, name
+    assert [line for line in metrics(tmp_path / "run") if line["spatial"] > 0]
 
 
 def test_a_joint_training_goes_on_as_if_never_interrupted(world: Path, tmp_path: Path) -> None:
