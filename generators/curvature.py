@@ -34,6 +34,7 @@ from generators.latents import read_ws
 from generators.runs import frozen, seed_of
 from generators.stylegan2 import Generator
 
+DAMPING = 1e-3  # less serves where thousands of eigenvectors are kept (benchmarks/LOG.md)
 DAMPING_OF_ONE_W = 1e-2  # its eigenvalues are less spread (benchmarks/LOG.md)
 
 
@@ -42,7 +43,7 @@ class CurvatureConfig:
     num_ws: int  # L
     w_dim: int  # D
     rank: int = 256  # K, eigenvectors kept; fewer where w+ has fewer dimensions
-    damping: float = 1e-3  # added to eigenvalues, the largest being 1: flat directions stay slow
+    damping: float = DAMPING  # added to eigenvalues, the largest being 1: flat directions stay slow
 
     def __post_init__(self) -> None:
         if min(self.num_ws, self.w_dim, self.rank) < 1:
@@ -104,6 +105,7 @@ def measure(
     batch_size: int = 16,
     seed: int = 0,
     latents: Tensor | None = None,  # ws (M, L, D) of faces to measure at; None: of random z
+    damping: float = DAMPING,  # see CurvatureConfig
 ) -> Curvature:
     """The mean curvature of a generator's pictures in w+."""
     if probes < 1:
@@ -124,7 +126,8 @@ def measure(
             rows.append(torch.autograd.grad(images, ws, cotangent)[0].flatten(1))
     samples = torch.cat(rows)  # (N, L * D)
     rank = min(rank, *samples.shape)
-    curvature = Curvature(CurvatureConfig(generator.num_ws, generator.w_dim, rank)).to(device)
+    config = CurvatureConfig(generator.num_ws, generator.w_dim, rank, damping)
+    curvature = Curvature(config).to(device)
     _, singular, basis = torch.linalg.svd(samples, full_matrices=False)
     values = singular.square()
     others = max(samples.shape[1] - rank, 1)
@@ -149,12 +152,15 @@ class MeasureConfig:
     latents: Path | None = None  # file or folder of ws, as of photos, to measure at; None: random z
     probes: int = 2000  # N, backward passes
     rank: int = 256  # K, eigenvectors kept
+    damping: float = DAMPING  # added to eigenvalues, the largest being 1
     seed: int = 0  # of the draws
     overwrite: bool = False  # replace TARGET if it exists
 
     def __post_init__(self) -> None:
         if min(self.probes, self.rank) < 1:
             raise ValueError("--probes and --rank must be at least 1.")
+        if not self.damping > 0:
+            raise ValueError("--damping must be above 0.")
 
 
 def run(config: MeasureConfig) -> None:
@@ -162,7 +168,9 @@ def run(config: MeasureConfig) -> None:
     may_write(config.target, config.overwrite, [path, *filter(None, [config.latents])])
     generator = frozen(checkpoint.load(path, Generator))
     ws = None if config.latents is None else read_ws(config.latents, generator)
-    curvature = measure(generator, config.probes, config.rank, seed=config.seed, latents=ws)
+    curvature = measure(
+        generator, config.probes, config.rank, seed=config.seed, latents=ws, damping=config.damping
+    )
     where = "random z" if ws is None else f"{len(ws)} latents of photos"
     provenance = checkpoint.read_metadata(path)["provenance"] | {
         "measured_on": path.stem,

@@ -5,6 +5,7 @@
     fake = pooled_features(space, draw(generator, samples=1200, seed=0, truncation=0.8))
     compare(real, fake)                                          # {"fd", "kid", "kid_std", …}
     truncation_curve(generator, space, real)
+    Scores(real_images, 1000, "efficientnet", device)(generator)     # as a training asks again
 
 Figures of different spaces or different N do not compare. What was trained against a network's
 features is judged too kindly in that network's space: ask another one, too.
@@ -28,6 +29,7 @@ from generators.runs import frozen
 from generators.tensors import load_state, read_weights
 
 ROWS = 1024  # of a distance matrix held at once
+FEWEST = 4  # pictures on each side: precision and recall look at three neighbours of each
 
 
 class FeatureSpace(nn.Module):
@@ -232,3 +234,29 @@ def _features(x: Tensor) -> Tensor:
     if not x.isfinite().all():
         raise ValueError("features of NaN or infinity have no distance; look at the pictures")
     return x.double().cpu()
+
+
+class Scores:
+    """FD and KID of a generator to held-out pictures, whose features are computed once."""
+
+    def __init__(self, held_out: Tensor, samples: int, space: str, device: torch.device) -> None:
+        """held_out: (N, 3, R, R); ValueError where they, or the samples, are too few."""
+        if min(len(held_out), samples) < FEWEST:
+            raise ValueError(
+                f"{len(held_out)} held-out pictures and {samples} samples are too few for scores; "
+                f"give --eval-data with {FEWEST} pictures or more, or leave it out."
+            )
+        self.samples, self.device = samples, device
+        self.space = feature_space(space).to(device)
+        self.real = pooled_features(self.space, held_out, device=device)
+
+    def __call__(self, generator: Any) -> dict[str, float]:
+        """Of always the same latents."""
+        images = draw(generator, self.samples, seed=1)
+        fake = pooled_features(self.space, images, device=self.device)
+        kid, spread = kernel_distance(self.real, fake, subsets=20)
+        return {"fd": frechet_distance(self.real, fake), "kid": kid, "kid_std": spread}
+
+    def at_the_end(self, generator: Any) -> list[dict[str, float]]:
+        """FD, KID, precision and recall by truncation."""
+        return truncation_curve(generator, self.space, self.real, samples=self.samples, seed=1)

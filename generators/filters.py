@@ -151,18 +151,23 @@ def run(config: FilterConfig) -> None:
     face = load(resolve(config.face_generator), Generator)
     superres = load(resolve(config.superres), SuperResolution)
     ws = faces_to_draw(config, face)
-    rows = []
+    drawn: list[Tensor] = []
     with progress(len(ws), 0, console.is_terminal, "drawings") as advance:
         for batch in ws.split(BATCH):
-            rows += [{"image": png(p)} for p in drawing(config.filter, face, superres, batch)]
-            advance(len(rows))
+            drawn.append(drawing(config.filter, face, superres, batch))
+            advance(sum(map(len, drawn)))
+    write_pairs(config.output, ws, torch.cat(drawn))
 
+
+def write_pairs(folder: Path, ws: Tensor, drawings: Tensor) -> None:
+    """ws (N, L, D) and what each is to give, (N, 3, R, R) in [-1, 1], as two files."""
     from datasets import Features, Image
 
+    rows = [{"image": png(picture)} for picture in drawings]
     table = pa.Table.from_pylist(rows, schema=Features({"image": Image()}).arrow_schema)
-    write_latents(config.output / LATENTS, {"ws": ws})
-    write_atomically(config.output / DRAWINGS, partial(pq.write_table, table))
-    console.print(f"written: {len(rows)} drawings, {printable(config.output / DRAWINGS)}")
+    write_latents(folder / LATENTS, {"ws": ws})
+    write_atomically(folder / DRAWINGS, partial(pq.write_table, table))
+    console.print(f"written: {len(rows)} drawings, {printable(folder / DRAWINGS)}")
 
 
 def png(picture: Tensor) -> dict[str, Any]:

@@ -41,14 +41,7 @@ from generators.data import (
 )
 from generators.dcgan import with_noise
 from generators.disk import write_atomically
-from generators.distances import (
-    draw,
-    feature_space,
-    frechet_distance,
-    kernel_distance,
-    pooled_features,
-    truncation_curve,
-)
+from generators.distances import Scores
 from generators.features import FeaturePyramid, perceptual_distance
 from generators.images import grid, to_float
 from generators.latents import StyleLimit, mix_styles, read_ws
@@ -62,6 +55,7 @@ from generators.networks import (
     perceptual_network,
 )
 from generators.palette import Palette
+from generators.patches import patch_distance
 from generators.projected import ProjectedDiscriminator
 from generators.runs import step_generator
 from generators.state import LossMeter
@@ -73,7 +67,6 @@ W_AVG_DECAY = 0.995  # per step, of the running mean of w
 ADA_INTERVAL = 4  # steps between the controller's decisions (Karras et al. 2020 ADA, section 3.1)
 SHEET = 36  # samples
 PALETTE_DRAWINGS = 2000  # whose colours are measured
-FEWEST = 4  # pictures on each side: precision and recall look at three neighbours of each
 
 
 class AdversarialTraining(GeneratorTraining):
@@ -268,9 +261,14 @@ class StyleGan2Training(AdversarialTraining):
                 drawings = first_pictures(self.datasets[0], PALETTE_DRAWINGS)
                 self.palette = Palette(self.source, ws, drawings).to(accelerator.device)
             if config.paired_weight:
-                self.pairs = paired_pictures(self.datasets[0], len(ws), config)
+                self.pairs = paired_pictures(self.paired_data(), len(ws), config)
             if below and config.style_limit is not None:  # as translations will limit them
                 self.latents = StyleLimit(self.generator, below, config.style_limit)(ws)
+
+    def paired_data(self) -> Pictures:
+        """What the latents are to give."""
+        pairs = self.config.pairs
+        return self.datasets[0] if pairs is None else open_dataset(pairs, self.generator.resolution)
 
     def prepare(self, networks: dict[str, Any]) -> None:
         discriminator = networks["discriminator"]
@@ -311,7 +309,7 @@ class StyleGan2Training(AdversarialTraining):
                 fake, ws, _ = self.synthesise(code, draw, unmixed=len(real))
                 logs |= self.reconstruction_terms(real, fake[: len(real)], mean, log_variance)
                 loss = loss + config.reconstruction_weight * logs["reconstruction"]
-            elif weight or self.pairs is not None:
+            elif weight or self.pairs is not None or config.patch_weight:
                 fake, ws, chosen = self.synthesise(z, draw)
                 if self.pairs is not None:
                     wanted = to_float(self.pairs[chosen.cpu()]).to(fake.device)
@@ -321,6 +319,9 @@ class StyleGan2Training(AdversarialTraining):
                 if self.palette is not None:
                     logs["palette"] = self.palette(fake[len(fake) - len(chosen) :], chosen).mean()
                     loss = loss + config.palette_weight * logs["palette"]
+                if config.patch_weight:
+                    logs["patches"] = patch_distance(fake, real, draw.own_rng())
+                    loss = loss + config.patch_weight * logs["patches"]
             if weight:
                 again = replace(draw, rng=draw.rng.clone_state())  # for the same augmentations
                 view = self.view(draw, fake)
@@ -339,13 +340,15 @@ class StyleGan2Training(AdversarialTraining):
         return logs, [part.detach() for part in view]
 
     def reconstructed(self) -> list[Tensor]:
-        pictures = first_pictures(self.datasets[0], 6).to(self.accelerator.device)
+        device = self.accelerator.device
+        pictures = first_pictures(self.datasets[0], 6).to(device)
         if self.variational is not None:
             again = self.average(self.variational.eval()(pictures)[0])
             self.variational.train()
         elif self.pairs is not None:
             assert self.latents is not None
             numbers = torch.arange(len(pictures)) * len(self.latents) // len(pictures)
+            pictures = to_float(self.pairs[numbers]).to(device)
             again = self.average.synthesis(self.latents[numbers])
         else:
             return []
@@ -457,32 +460,6 @@ def paired_pictures(data: Pictures, latents: int, config: StyleGan2Options) -> T
         return data.pictures
     count = "a stream" if isinstance(data, PictureStream) else f"{len(data)} pictures"
     raise ValueError(
-        f"{config.data} is {count} and {config.latents} has {latents} latents, which do not pair; "
-        "give both as generators.filters writes them."
+        f"{config.pairs or config.data} is {count} and {config.latents} has {latents} latents, "
+        "which do not pair; give both as generators.filters writes them."
     )
-
-
-class Scores:
-    """FD and KID of a generator to held-out pictures, whose features are computed once."""
-
-    def __init__(self, held_out: Tensor, samples: int, space: str, device: torch.device) -> None:
-        """held_out: (N, 3, R, R); ValueError where they, or the samples, are too few."""
-        if min(len(held_out), samples) < FEWEST:
-            raise ValueError(
-                f"{len(held_out)} held-out pictures and {samples} samples are too few for scores; "
-                f"give --eval-data with {FEWEST} pictures or more, or leave it out."
-            )
-        self.samples, self.device = samples, device
-        self.space = feature_space(space).to(device)
-        self.real = pooled_features(self.space, held_out, device=device)
-
-    def __call__(self, generator: Any) -> dict[str, float]:
-        """Of always the same latents."""
-        images = draw(generator, self.samples, seed=1)
-        fake = pooled_features(self.space, images, device=self.device)
-        kid, spread = kernel_distance(self.real, fake, subsets=20)
-        return {"fd": frechet_distance(self.real, fake), "kid": kid, "kid_std": spread}
-
-    def at_the_end(self, generator: Any) -> list[dict[str, float]]:
-        """FD, KID, precision and recall by truncation."""
-        return truncation_curve(generator, self.space, self.real, samples=self.samples, seed=1)

@@ -136,7 +136,9 @@ class StyleGan2Options(AdversarialOptions):
     constancy_network: str = WHEEL_MODEL  # timm's, with --feature-weights; or an encoder: its own
     constancy_levels: tuple[int, ...] = (2,)  # of it; level i has about R / 2^(i+1) pixels a side
     adaptive_weight: float = 0.0  # in the features of the discriminator as it learns (DIAT-A)
-    paired_weight: float = 0.0  # > 0: the i-th of --latents is to give the i-th picture of --data
+    paired_weight: float = 0.0  # > 0: the i-th of --latents is to give the i-th picture of --pairs
+    pairs: str | None = None  # pictures, as --data; None: those of --data
+    patch_weight: float = 0.0  # of how far patches of fakes are from those of --data, pixels alone
 
     reconstruction_weight: float = 0.0  # > 0: the generator also decodes a variational autoencoder
     warmup_images: int = 20_000  # with reconstruction: pictures before the adversary joins
@@ -157,7 +159,7 @@ class StyleGan2Options(AdversarialOptions):
         super().__post_init__()
         lengths = ("freeze_generator_below", "freeze_discriminator_blocks", "warmup_images")
         weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight",
-                   "paired_weight", *PULLS)  # fmt: skip
+                   "paired_weight", "patch_weight", *PULLS)  # fmt: skip
         others = ("adversarial_ramp", "r1_gamma", "path_length_weight", "reconstruction_images")
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
@@ -167,7 +169,8 @@ class StyleGan2Options(AdversarialOptions):
         }
         check_numbers(self, ranges)
         _ = self.shape  # its own sentences
-        if not (self.reconstruction_weight or self.adversarial_weight or self.paired_weight):
+        adversarial, paired = self.adversarial_weight, self.paired_weight
+        if not (self.reconstruction_weight or adversarial or paired or self.patch_weight):
             raise ValueError("Nothing is learnt; give --adversarial-weight a number above 0.")
         self.check_pulls()
         if self.paired_weight and (self.latents is None or self.reconstruction_weight):
@@ -175,6 +178,10 @@ class StyleGan2Options(AdversarialOptions):
                 "--paired-weight needs the latents of the pictures, and is instead of "
                 "--reconstruction-weight; give --latents, as generators.filters writes them."
             )
+        if self.pairs is not None and not self.paired_weight:
+            raise ValueError("--pairs teach nothing without a --paired-weight above 0.")
+        if self.patch_weight and self.reconstruction_weight:
+            raise ValueError("--patch-weight is for fine-tunes; leave out --reconstruction-weight.")
         if self.freeze_generator_below and self.path_length_weight:
             raise ValueError(
                 "Frozen blocks leave the path length as it is; set --path-length-weight 0."

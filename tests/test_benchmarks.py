@@ -179,6 +179,22 @@ def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, capsys):
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "columns"), [(["--across", "2"], 6), (["--blocks"], 6), (["--styles", "paint"], 3)]
+)
+def test_the_sheet_of_examples_has_a_row_of_each_face(options, columns, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("generated_1.png", "generated_2.png"):
+        (photos / name).write_bytes((EXAMPLES / name).read_bytes())
+    target = tmp_path / "sheet.png"
+    assert examples_sheet.main([str(photos), str(target), "--size", "64", *options]) == 0
+    with open_image(target) as sheet:
+        rows = 1 if "--across" in options else 2
+        assert sheet.width == 64 * columns and 64 * rows < sheet.height < 64 * (rows + 1)
+    assert examples_sheet.main([str(photos), str(target), *options]) == 2  # --overwrite
+
+
 # ------------------------------------------------------------------------------- training
 
 

@@ -55,6 +55,15 @@ def test_offsets_undo_it(face):
     torch.testing.assert_close(whitened, torch.eye(48), atol=1e-3, rtol=0)
 
 
+def test_less_damping_makes_flat_directions_faster(face):
+    usual, less = (measure(face, probes=400, rank=48, damping=d) for d in (1e-3, 1e-5))
+    assert torch.equal(usual.basis, less.basis)
+    steep, flat = usual.basis[:1], usual.basis[-1:]  # moved along, in u
+    gain = [float(less.offsets(u).norm() / usual.offsets(u).norm()) for u in (steep, flat)]
+    ratio = float(((usual.values[-1] + 1e-3) / (usual.values[-1] + 1e-5)).sqrt())
+    assert gain[0] == pytest.approx(1, abs=1e-3) and gain[1] == pytest.approx(ratio, rel=1e-3)
+
+
 def test_of_one_w_is_the_metric_of_equal_layers(face):
     curvature = measure(face, probes=400, rank=48)
     same = torch.eye(8).repeat(1, 6)  # (D, L D): one w to every layer
@@ -83,12 +92,16 @@ def test_command_writes_a_checkpoint(face, tmp_path, capsys):
 
     latents = tmp_path / "ws.safetensors"
     save_file({"ws": torch.randn(3, 6, 8)}, latents)
-    options = ["--latents", str(latents), "--probes", "40", "--rank", "8"]
+    options = ["--latents", str(latents), "--probes", "40", "--rank", "8", "--damping", "1e-4"]
     assert main([source, str(target), *options]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([source, str(target), *options, "--overwrite"]) == 0
     at_photos = curvature_of("other", target)
     assert at_photos is not None and not torch.equal(at_photos.basis, loaded.basis)
+    assert (loaded.config.damping, at_photos.config.damping) == (1e-3, 1e-4)
+    with pytest.raises(SystemExit, match="2"):
+        main([source, str(target), "--damping", "0"])
+    assert "--damping must be above 0" in " ".join(capsys.readouterr().err.split())
     assert checkpoint.read_metadata(target)["provenance"]["at"] == "3 latents of photos"
 
     for replaced in (source, str(latents)):
@@ -109,5 +122,5 @@ def test_the_bundled_one_is_of_the_bundled_face():
     curvature, face = curvature_of("face64"), checkpoint.resolve("face64")
     assert curvature is not None
     generator = checkpoint.load(face, Generator)
-    assert curvature.basis.shape == (512, generator.num_ws * generator.w_dim)
+    assert curvature.basis.shape == (1500, generator.num_ws * generator.w_dim)
     assert curvature_of("mine.safetensors") is None

@@ -1,0 +1,141 @@
+"""Drawings whose halves are drawn alike, and a style that learns them beside real drawings.
+
+pytest tests/test_symmetric.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import photo
+from test_train_gan import config, metrics, same  # noqa: F401
+
+from encoder import symmetric
+from encoder.model import Encoder, EncoderConfig
+from generators import train
+from generators.blocks import SwappedSynthesis
+from generators.checkpoint import load, save
+from generators.data import first_pictures, open_dataset
+from generators.filters import DRAWINGS, LATENTS
+from generators.images import to_float
+from generators.latents import read_ws
+from generators.stylegan2 import Generator
+
+
+@pytest.fixture
+def models(tmp_path: Path, face, anime) -> Path:
+    """A folder with an encoder, its face generator and a fine-tune, and photos/."""
+    torch.manual_seed(5)
+    sizes = {"resolution": 16, "num_ws": face.num_ws, "w_dim": face.w_dim, "width": 16, "heads": 2}
+    encoder = Encoder(EncoderConfig("mobilenetv3_small_050", depth=1, **sizes)).eval()
+    with torch.no_grad():
+        encoder.to_offsets.mul_(20)
+    for name, network in (("encoder", encoder), ("face", face), ("anime", anime)):
+        save(tmp_path / f"{name}.safetensors", network)
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        photo(i).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path
+
+
+def made(models: Path, *more: str) -> int:
+    names = {"encoder": "encoder", "face-generator": "face", "anime-generator": "anime"}
+    files = [f"--{option}={models / name}.safetensors" for option, name in names.items()]
+    return symmetric.main([str(models / "pairs"), f"--data={models / 'photos'}", "--images=4",
+                           "--swap-resolution=8", *files, *more])  # fmt: skip
+
+
+@pytest.mark.parametrize("half", ["left", "right"])
+def test_each_side_is_the_better_half_of_one_of_the_drawings(half):
+    drawings, mirrored = torch.rand(2, 2, 3, 16, 16)
+    joined = symmetric.joined_halves(drawings, mirrored, half)
+    ours, other = (slice(0, 6), slice(10, 16)) if half == "left" else (slice(10, 16), slice(0, 6))
+    assert (joined[..., ours] == drawings[..., ours]).all()
+    assert (joined[..., other] == mirrored.flip(-1)[..., other]).all()
+    again = symmetric.joined_halves(mirrored, drawings, half)  # of the mirrored photo
+    torch.testing.assert_close(again, joined.flip(-1))
+    seam = slice(6, 10)  # in between, between both
+    both = torch.stack([drawings, mirrored.flip(-1)])[..., seam]
+    assert (both.amin(0) <= joined[..., seam]).all() and (joined[..., seam] <= both.amax(0)).all()
+
+
+def test_the_command_writes_each_photo_and_its_mirror_image(models, face, capsys):
+    assert made(models) == 0
+    ws = read_ws(models / "pairs" / LATENTS, face)
+    drawings = to_float(open_dataset(models / "pairs" / DRAWINGS, 16).pictures)
+    assert ws.shape == (8, 6, 8) and drawings.shape == (8, 3, 16, 16)
+    photos = first_pictures(open_dataset(models / "photos", 16), 4)
+    encoder = load(models / "encoder.safetensors", Encoder).eval()
+    names = ("face", "anime")
+    files = (models / f"{name}.safetensors" for name in names)
+    draws = SwappedSynthesis(*(load(file, Generator) for file in files), 8)
+    with torch.no_grad():
+        wanted = torch.stack([encoder(photos), encoder(photos.flip(-1))], 1).flatten(0, 1)
+        right = draws(wanted).clamp(-1, 1)[..., 10:]
+    torch.testing.assert_close(ws, wanted, atol=1e-5, rtol=1e-5)
+    assert (drawings[..., 10:] - right).abs().max() < 0.01
+    assert (drawings[::2] - drawings[1::2].flip(-1)).abs().max() == 0
+    assert made(models) == 2 and "overwrite" in capsys.readouterr().err
+    assert made(models, "--overwrite") == 0
+
+
+def test_an_encoder_of_another_generator_is_refused(models, capsys):
+    assert made(models, "--encoder", "encoder64") == 2
+    assert "give the encoder that was trained for it" in " ".join(capsys.readouterr().err.split())
+    assert not (models / "pairs").exists()
+
+
+def test_a_style_learns_them_beside_real_drawings_and_resumes_exactly(config, models):  # noqa: F811
+    assert made(models) == 0
+    pairs = models / "pairs"
+    config = replace(
+        config, latents=pairs / LATENTS, pairs=str(pairs / DRAWINGS), paired_weight=1.0,
+        init=str(models / "anime.safetensors"), freeze_generator_below=8, reconstruction_weight=0,
+        patch_weight=0.5, adversarial_weight=0.01, images=160, save_every=20, log_every=20,
+        generator_lr=0.01,
+    )  # fmt: skip
+    train.train(config, cpu=True)
+    lines = metrics(config.output)
+    assert lines[-1]["l1"] < 0.8 * lines[0]["l1"] and {"d", "g", "patches"} <= lines[-1].keys()
+    files = config.output / "generator.safetensors", models / "anime.safetensors"
+    first = {n for n in load(files[1], Generator).state_dict() if ".b4." in n or "mapping" in n}
+    assert first <= same(*(load(file, Generator) for file in files))
+    again = replace(config, output=models / "again")
+    train.train(replace(again, images=80), cpu=True)
+    train.train(again, cpu=True)
+    assert metrics(again.output)[-1] == lines[-1]
+
+
+def test_patches_alone_move_the_colours_to_the_drawings(config, models):  # noqa: F811
+    config = replace(
+        config, init=str(models / "face.safetensors"), freeze_generator_below=8, patch_weight=1.0,
+        reconstruction_weight=0, adversarial_weight=0, images=240, log_every=20, save_every=60,
+        warmup_lr=0.02,
+    )  # fmt: skip
+    train.train(config, cpu=True)
+    lines = metrics(config.output)
+    assert lines[-1]["patches"] < 0.6 * lines[0]["patches"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"pairs": "somewhere"}, "--pairs teach nothing without"),
+        ({"patch_weight": 1.0}, "--patch-weight is for fine-tunes"),
+        ({"patch_weight": -1.0}, "patch-weight"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(config, wrong, said):  # noqa: F811
+    with pytest.raises(ValueError, match=said):
+        replace(config, **wrong)
+
+
+def test_pairs_that_are_not_as_many_are_refused_by_their_name(config, models):  # noqa: F811
+    assert made(models) == 0
+    wrong = replace(
+        config, reconstruction_weight=0, paired_weight=1.0, latents=models / "pairs" / LATENTS,
+        init=str(models / "anime.safetensors"), pairs=str(models / "photos"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"photos is 5 pictures and .* has 8 latents"):
+        train.train(wrong, cpu=True)
