@@ -3,7 +3,8 @@
     python benchmarks/translation.py --data faces/test.parquet --anime-data anime/test.parquet \\
         --output benchmarks/results/translation64.json --picture translation.png
     python benchmarks/translation.py --data photos/ --anime-data anime/ \\
-        --outputs others/cyclegan others/ugatit                  # other methods, same file names
+        --outputs others/ugatit others/dualstylegan              # other methods, same file names
+    python benchmarks/translation.py … --cyclegan runs/c/generator.safetensors --timed 20
     python benchmarks/translation.py … --anime soft=a.safetensors@8 hard=b.safetensors@32
     python benchmarks/translation.py … --detector-cascade animeface.xml --judge judge.safetensors
 
@@ -50,6 +51,7 @@ from encoder.pipeline import Translator
 from encoder.search import Search, optimise_latent
 from generators.checkpoint import load, resolve
 from generators.command import console
+from generators.cyclegan import CycleGenerator
 from generators.data import first_pictures, name_of, named_pictures, open_dataset
 from generators.distances import compare, feature_space, pooled_features
 from generators.features import FeaturePyramid
@@ -89,6 +91,7 @@ class Config(Benchmark):
     refine_steps: tuple[int, ...] = (0,)  # of the latents, after the encoder
     search_steps: tuple[int, ...] = ()  # rows without the encoder: L-BFGS in w+ from the mean face
     timed: int = 0  # people, one at a time: seconds from a crop to its drawing; 0: not measured
+    cyclegan: Path | None = None  # its generator of drawings, as a row of its own
     outputs: tuple[Path, ...] = ()  # folders with other methods' pictures of the same people
     spaces: tuple[str, ...] = ("efficientnet",)  # NAME or NAME=WEIGHTS of generators.distances
     detector_cascade: Path | None = None  # OpenCV's .xml for drawn faces: lbpcascade_animeface
@@ -175,8 +178,19 @@ def translations(config: Config, images: Tensor) -> Iterator[Made]:
                     yield Made(f"reconstruction{suffix}", whole)
                 drawn = torch.cat([translator.synthesise(w)[0] for w in ws])
                 number = len([r for r in blocks if r >= resolution])
-                seconds = timed(translator, find, images, config.timed) if config.timed else None
+                seconds = timed(config, images, find, translator.synthesise)
                 yield Made(f"{name}n = {number}{suffix}", drawn, seconds)
+
+
+@torch.no_grad()
+def by_cyclegan(config: Config, images: Tensor) -> Iterator[Made]:
+    """What the baseline makes of them, if it is asked for."""
+    if config.cyclegan is None:
+        return
+    network: CycleGenerator = frozen(load(config.cyclegan, CycleGenerator)).to(config.device)
+    faces = resize(images, network.resolution).to(config.device)
+    drawn = torch.cat([network(x) for x in faces.split(config.batch_size)])
+    yield Made("CycleGAN", drawn, timed(config, faces, network))
 
 
 def search(translator: Translator, steps: int, images: Tensor) -> Tensor:
@@ -189,16 +203,19 @@ def search(translator: Translator, steps: int, images: Tensor) -> Tensor:
     ).latent
 
 
-def timed(
-    translator: Translator, find: Callable[[Tensor], Tensor], images: Tensor, count: int
-) -> dict[str, float]:
-    """From one crop to its drawing, of `count` people, after a warm-up."""
-    people = itertools.cycle(images.to(translator.device).split(1))
+def timed(config: Config, images: Tensor, *steps: Callable[[Any], Any]) -> dict[str, float] | None:
+    """From one crop to its drawing by `steps`, of `config.timed` people, after a warm-up."""
+    if not config.timed:
+        return None
+    device = torch.device(config.device)
+    people = itertools.cycle(images.to(device).split(1))
 
     def draw() -> None:
-        translator.synthesise(find(next(people)))
+        x = next(people)
+        for step in steps:
+            x = step(x)
 
-    return percentiles(stopwatch(draw, count, translator.device))
+    return percentiles(stopwatch(draw, config.timed, device))
 
 
 # ------------------------------------------------------------------------------ report
@@ -219,7 +236,8 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     anime = first_pictures(drawn, config.anime_images)
     pictures: dict[str, Tensor] = {}
     results: dict[str, Any] = {}
-    for made in [Made("photo", inputs), *others, *translations(config, inputs)]:
+    ours = [*by_cyclegan(config, inputs), *translations(config, inputs)]
+    for made in [Made("photo", inputs), *others, *ours]:
         if made.method in pictures:
             raise ValueError(f"two methods are called {made.method!r}; give them different names")
         # rounded to 8 bits as written pictures are

@@ -31,7 +31,6 @@ from encoder.options import STYLES, Drawing, styles_of
 from encoder.pipeline import Translator
 from generators.checkpoint import load, resolve
 from generators.command import command, console, parse_device, printable
-from generators.curvature import curvature_of
 from generators.superres import SuperResolution
 
 EXTRA = ("fastapi", "uvicorn", "websockets")
@@ -107,7 +106,6 @@ def artist_of(config: LiveConfig) -> Artist:
         config.encoder,
         device=device,
         aligner=Aligner(device, **how) if config.align else None,
-        curvature=curvature_of(config.face_generator),
         superres=load(resolve("superres64"), SuperResolution),
         **engine,
     )

@@ -188,7 +188,7 @@ class InferConfig(FilesConfig, Drawing, DrawConfig):
     truncation: float = 1.0  # below 1: closer to the average face
     style_limit: float = math.inf  # lower: cleaner drawings, higher (or inf): more of the photo
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
-    curvature: str | None = None  # of the face generator, for refining; face64 has curvature64
+    curvature: str | None = None  # curvature64: refine closer to the photo, and less cleanly drawn
     edit: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # NAME=STEPS, again and again
     directions: str | None = None  # the file that names are of; face64 has directions64
     reference: str | None = None  # a drawing, or a folder of them: draw in its colours and manner

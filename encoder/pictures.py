@@ -99,7 +99,7 @@ def load(config: InferConfig, device: torch.device, few: bool = False) -> Transl
     dtype = DTYPES[config.dtype]
     engine = engine_of(config, device, dtype, config.batch_size, few)
     how = {key: engine[key] for key in ("backend", "threads")}
-    refines = bool(config.refine_steps or config.curvature)
+    given = config.curvature
     return Translator.load(
         config.face_generator,
         styles_of(config.styles, config.anime_generator),
@@ -111,7 +111,7 @@ def load(config: InferConfig, device: torch.device, few: bool = False) -> Transl
         truncation=config.truncation,
         style_limit=config.style_limit,
         refine_steps=config.refine_steps,
-        curvature=curvature_of(config.face_generator, config.curvature) if refines else None,
+        curvature=None if given is None else curvature_of(config.face_generator, given),
         superres=load_superres(config),
         directions=load_directions(config.face_generator, config.directions, config.edit),
         edits=edits_of(config.edit),

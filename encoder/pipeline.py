@@ -32,7 +32,7 @@ from encoder.options import Edit, styles_of
 from encoder.search import Callback, Search, optimise_latent
 from generators.blocks import RECONSTRUCTION, SwappedSynthesis
 from generators.checkpoint import load, resolve
-from generators.curvature import Curvature, curvature_of
+from generators.curvature import Curvature
 from generators.images import fit, resize, to_float
 from generators.latents import DEVIATIONS, truncate
 from generators.runs import frozen
@@ -74,7 +74,7 @@ class Translator:
         truncation: float = 1.0,  # 1: the latent as found, 0: the average face
         style_limit: float = DEVIATIONS,  # of what anime's blocks get; see generators.latents
         refine_steps: int = 0,  # of latent optimisation, after the encoder
-        curvature: Curvature | None = None,  # of `face`; refinement is faster with it
+        curvature: Curvature | None = None,  # of `face`; refined closer, and less cleanly drawn
         superres: SuperResolution | None = None,  # for `enlarge`; None: bicubic
         backend: Backend = "torch",  # of encoder and synthesis, see encoder.engines
         threads: int = 1,  # of a backend other than torch, which has its own setting
@@ -138,7 +138,6 @@ class Translator:
         how = {key: options[key] for key in ("device", "backend", "threads") if key in options}
         options.setdefault("aligner", Aligner(**how))
         options.setdefault("superres", load(resolve("superres64"), SuperResolution))
-        options.setdefault("curvature", curvature_of("face64"))
         return cls.load("face64", styles_of(styles), "encoder64", **options)
 
     # ------------------------------------------------------------------ pictures to crops

@@ -243,7 +243,7 @@ class Problem:
             if not self.maps:
                 raise ValueError("this generator has no noise maps; search without them")
         self.sizes = [
-            math.prod(self.shape),
+            math.prod(self.shape) if self.metric is None else self.metric.size,
             4 if search.affine else 0,
             sum(noise.numel() for noise in self.maps.values()),
         ]

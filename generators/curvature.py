@@ -3,7 +3,7 @@
     python -m generators.curvature face.safetensors face_curvature.safetensors
     python -m generators.curvature … --latents latents/  # at photos, where a search will be
     curvature = load(resolve("curvature64"), Curvature)
-    ws = start + curvature.offsets(u)                   # u (B, L * D): all directions alike steep
+    ws = start + curvature.offsets(u)                   # u (B, U): all directions alike steep
 
 This curvature, the pullback metric of the synthesis network, is nearly the same everywhere and very
 uneven: a few hundred directions carry it (Wang and Ponce 2021, arXiv:2101.06006, sections 3 and 4,
@@ -12,7 +12,8 @@ faces, of random z or of photos, whose w+ lies elsewhere; found with random cota
 variance, E[(Jᵀ v)(Jᵀ v)ᵀ] = Jᵀ J, of which one costs one backward pass. Kept: the largest
 eigenvalues and the mean of the others.
 
-Shape letters: B batch, L layers of w+, D dimension of w, K rank, N probes, R resolution.
+Shape letters: B batch, L layers of w+, D dimension of w, K rank, U numbers that a search moves,
+N probes, R resolution.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from generators.runs import frozen, seed_of
 from generators.stylegan2 import Generator
 
 DAMPING = 1e-3  # less serves where thousands of eigenvectors are kept (benchmarks/LOG.md)
+NEGLIGIBLE = 0.01  # of the damping: with a mean below it the directions not kept are not searched
 DAMPING_OF_ONE_W = 1e-2  # its eigenvalues are less spread (benchmarks/LOG.md)
 
 
@@ -71,16 +73,25 @@ class Curvature(nn.Module):
         self.register_buffer("values", torch.zeros(config.rank))
         self.register_buffer("rest", torch.zeros([]))  # the mean of the other eigenvalues
 
+    @property
+    def size(self) -> int:
+        """U, of `offsets`: K, and L * D more where what is not kept matters."""
+        negligible = float(self.rest) < NEGLIGIBLE * self.config.damping
+        return len(self.basis) + (0 if negligible else self.basis.shape[1])
+
     def offsets(self, u: Tensor) -> Tensor:
-        """u (B, L * D) -> offsets in w+ (B, L, D): u times the curvature's inverse square root.
+        """u (B, U) -> offsets in w+ (B, L, D), as far along each direction as the inverse square
+        root of its eigenvalue allows.
 
         In u the mean curvature is close to the identity, so that descent goes everywhere equally
         fast; the steepest direction is as in w+.
         """
-        damping = self.config.damping
-        flat = (self.rest + damping).rsqrt()
-        stretch = (self.values + damping).rsqrt() - flat  # (K,)
-        w = flat * u + ((u @ self.basis.T) * stretch) @ self.basis
+        damping, rank = self.config.damping, len(self.basis)
+        w = (u[:, :rank] * (self.values + damping).rsqrt()) @ self.basis
+        if u.shape[1] > rank:
+            others = u[:, rank:]
+            others = others - (others @ self.basis.T) @ self.basis
+            w = w + (self.rest + damping).rsqrt() * others
         return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
 
     def of_one_w(self, layers: int | None = None) -> Curvature:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,12 @@ from safetensors.torch import load_file
 from encoder import infer
 from encoder.align import Aligner
 from encoder.model import Encoder, EncoderConfig
+from encoder.options import InferConfig
+from encoder.pictures import load
 from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import BUNDLED, save
+from generators.curvature import Curvature
 from generators.disk import write_atomically
 from generators.images import resize
 from generators.stylegan2 import GeneratorConfig
@@ -638,6 +642,15 @@ def test_refining_lowers_the_error(face, anime, encoder):
         return (result.reconstruction - result.aligned).square().mean(dim=(1, 2, 3))
 
     assert (errors(10) < errors(0)).all()
+
+
+def test_drawings_are_refined_along_w_plus_as_it_is_unless_asked():
+    """The metric's steps are closer to the photo, and their drawings worse (benchmarks/LOG.md)."""
+    config = InferConfig(input="x", output=Path("y"), align=False, refine_steps=2)
+    asked = replace(config, curvature="curvature64")
+    plain, metric = (load(c, torch.device("cpu")).curvature for c in (config, asked))
+    assert plain is None and isinstance(metric, Curvature)
+    assert Translator.bundled().curvature is None
 
 
 def test_truncation_pulls_towards_the_average(face, anime, encoder):

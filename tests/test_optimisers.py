@@ -68,6 +68,19 @@ def test_lbfgs_accepts_no_point_that_is_higher_or_not_a_number():
     assert method.x.item() <= 1
 
 
+def test_lbfgs_scales_its_first_guess_up_and_follows_slowly():
+    """The γ of curvature k is OVER / k; a change of k moves it by 1 - MEMORY of the way in logs."""
+    method = Lbfgs(torch.full((1, 1), 10.0, dtype=torch.float64), first_step=1e-3)
+    gammas = []
+    for k in (1.0, 1.0, 4.0):
+        method.pairs.clear()  # the direction is then γ times the gradient
+        x = method.x if method.loss is None else method.ask()
+        method.gradient = k * method.x
+        method.tell(torch.tensor([-float(len(gammas))]).double(), k * x)
+        gammas.append(method.scale.item())
+    assert gammas == pytest.approx([0, Lbfgs.OVER, Lbfgs.OVER * 0.25 ** (1 - Lbfgs.MEMORY)])
+
+
 def test_lbfgs_stays_where_the_gradient_is_zero():
     method = Lbfgs(torch.full((1, 2), 3.0))
     _, x = run(method, lambda x: 0 * x.sum(dim=1), 3)

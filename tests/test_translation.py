@@ -17,7 +17,9 @@ from torch import Tensor
 
 from encoder.metrics import LUMA
 from encoder.model import Encoder, EncoderConfig
+from generators import cyclegan
 from generators.checkpoint import save
+from generators.cyclegan import CycleGenerator, CycleGeneratorConfig
 from generators.data import named_pictures
 from generators.features import FeaturePyramid, perceptual_distance
 from generators.images import open_image, resize, to_pil
@@ -237,6 +239,27 @@ def test_search_alone_is_a_method_and_methods_are_timed(arguments, capsys):
     drawn = ["n = 1", "n = 2", "n = 1, search 3", "n = 2, search 3"]
     assert [name for name in results if "p50_ms" in results[name]] == drawn
     assert results["n = 2, search 3"]["p50_ms"] > results["n = 2"]["p50_ms"] > 0
+
+
+def test_a_cyclegan_is_a_row_that_is_drawn_and_timed(arguments, tmp_path, capsys):
+    torch.manual_seed(7)
+    network = CycleGenerator(CycleGeneratorConfig(resolution=16, width=4, blocks=1)).eval()
+    save(tmp_path / "cyclegan.safetensors", network)
+    options = ["--cyclegan", f"{tmp_path}/cyclegan.safetensors", "--timed", "2"]
+    assert translation.main([*arguments, *options]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert list(results)[:3] == ["photo", "made", "CycleGAN"]
+    assert results["CycleGAN"]["p95_ms"] >= results["CycleGAN"]["p50_ms"] > 0
+    # what its own command draws, as a folder of outputs, scores the same
+    folder = tmp_path / "CycleGAN"
+    draw = [f"{tmp_path}/cyclegan.safetensors", "--input", arguments[1], "--output", str(folder)]
+    assert cyclegan.main(draw) == 0
+    outputs = [str(folder) if x == arguments[5] else x for x in arguments]
+    capsys.readouterr()
+    assert translation.main([*outputs, "--overwrite"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["CycleGAN"]
+    for axis in ("correspondence", "hair"):
+        assert again[axis] == pytest.approx(results["CycleGAN"][axis], abs=1e-3)
 
 
 def test_users_errors_are_a_sentence_and_exit_code_2(arguments, capsys):
