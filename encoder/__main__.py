@@ -19,7 +19,7 @@ COMMANDS = {
     "recipes": ("encoder.recipes", "two generators together: cross-domain, concatenate, films"),
     "train-encoder": ("encoder.train", "train an encoder for a generator"),
     "one-w": ("encoder.one_w", "give a generator a w that holds all that an encoder finds"),
-    "symmetric": ("encoder.symmetric", "draw photos with two like halves, for a style to learn"),
+    "retouch": ("encoder.retouch", "draw photos and put the drawings right, for a style to learn"),
     "train-generator": ("generators.train", "train or fine-tune a generator, or super-resolution"),
     "cyclegan": ("generators.cyclegan", "faces to drawings by a CycleGAN: the baseline"),
     "prepare": ("encoder.prepare.dataset", "raw pictures to a data set of aligned faces"),

@@ -52,7 +52,6 @@ W_AVG_DECAY = 0.995  # per step, of the running mean of w
 SPATIAL_DROP = 0.3  # of the reconstructions are drawn without a spatial code, as samples are
 STYLE_MIXING = 0.9  # of the samples of the prior (Karras et al. 2019, section 3.1)
 CALIBRATION = 256  # real pictures that set a new projected discriminator's scales
-INPUT_SIZE = 96  # side in pixels at which a new projected discriminator looks
 WIDTHS = (16, 32, 48, 64)  # of a new discriminator of pixels from R down; then 64
 
 
@@ -171,8 +170,7 @@ class Joint:
             if networks.discriminator is not None:
                 projected = checkpoint.load(networks.discriminator, ProjectedDiscriminator)
             else:
-                shape = ProjectedConfig(input_size=INPUT_SIZE)
-                projected = ProjectedDiscriminator(shape, networks.feature_weights)
+                projected = ProjectedDiscriminator(ProjectedConfig(), networks.feature_weights)
                 projected.calibrate(first_pictures(dataset, CALIBRATION))
             self.discriminators["discriminator"] = projected
             self.learning["discriminator"] = projected.heads

@@ -35,7 +35,6 @@ from encoder.search import Search, optimise_latent
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, read_metadata, resolve
 from generators.command import command, console, parse_device, printable
-from generators.curvature import Curvature, curvature_of
 from generators.dcgan import DcganGenerator
 from generators.disk import may_write, write_atomically
 from generators.images import grid, labelled, open_image, resize, to_pil
@@ -96,14 +95,13 @@ def cross_domain(
     losses: LossSet,
     face_search: Search = IN_Z,
     anime_search: Search = IN_W,
-    curvature: Curvature | None = None,  # of `face`, whose directions a fine-tune keeps
 ) -> CrossDomain:
     """Cross-domain reverse generation: the photo is found in the face generator, drawn half in the
     other style, and what came out is found in the fine-tune, which draws the result.
 
     The second search starts where the first one ended: there the two generators draw alike.
     """
-    find = partial(optimise_latent, losses=losses, curvature=curvature)
+    find = partial(optimise_latent, losses=losses)
     found = find(face, target, search=face_search, start="random")
     assert found.ws is not None
     with torch.no_grad():
@@ -243,7 +241,6 @@ def load_networks(config: Networks) -> tuple[Translator, Generator]:
         swap_resolution=face.resolution,  # the recipes swap by themselves
         device=device,
         aligner=Aligner(device) if config.align else None,
-        curvature=curvature_of(config.face_generator),
     )
     return translator, frozen(anime).to(device)
 
@@ -256,14 +253,14 @@ def read_crop(translator: Translator, path: Path) -> Tensor:
 
 
 def search_ws(translator: Translator, generator: Generator, photo: Tensor, steps: int) -> Tensor:
-    """photo (B, 3, S, S) -> (B, L, D): the encoder's, then searched in w+ for the generator."""
+    """photo (B, 3, S, S) -> (B, L, D): the encoder's, then searched in w+ for the generator. Not by
+    its metric: that comes closer, and what is drawn of what it finds is a face less often."""
     return optimise_latent(
         generator,
         resize(photo, generator.resolution),
         losses=LossSet(LOSSES),
         search=Search(steps=steps),
         start=translator.encode(photo),
-        curvature=translator.curvature,
     ).latent
 
 
@@ -289,7 +286,6 @@ def show_cross_domain(
         losses=LossSet(LOSSES),
         face_search=search,
         anime_search=replace(search, space=config.space),
-        curvature=translator.curvature,
     )
     labels = ["photo, face", *(f"n = {n}" for n in config.last_blocks)]
     final = {f"n{n}": image for n, image in zip(config.last_blocks, made.final, strict=True)}

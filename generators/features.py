@@ -64,12 +64,13 @@ class FeaturePyramid(nn.Module):
         self.net = frozen(net)
         if fold_batch_norm:
             fold_batch_norms(self.net, config.input_size[-1])
+        self.net.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, R, R) in [-1, 1] -> [(B, C_i, H_i, W_i)]."""
         if not self.normalised:
             images = images * self.scale + self.shift
-        return self.net(images)
+        return self.net(images.contiguous(memory_format=torch.channels_last))
 
     def train(self, mode: bool = True) -> FeaturePyramid:
         """Stays in evaluation mode, also inside a module that is put into training mode."""

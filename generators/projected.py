@@ -30,7 +30,7 @@ GROUPS = 8  # of the heads' group norm; batch norm would tie the processes to on
 @dataclass(frozen=True)
 class ProjectedConfig:
     backbone: str = WHEEL_MODEL  # a timm network with `features_only`
-    input_size: int = 128  # side in pixels at which the network looks; other pictures are resized
+    input_size: int = 96  # side in pixels at which the network looks; other pictures are resized
     levels: tuple[int, ...] = (1, 2, 3, 4)  # of the network, finest first
     width: int = 16  # channels of the finest level after mixing; doubles from level to level
 

@@ -25,8 +25,8 @@ RUN/generator.safetensors (the moving average) and RUN/discriminator.safetensors
 RUN/inverse.safetensors; with --eval-data
 also RUN/best.safetensors (the average of lowest KID) and RUN/scores.json (the truncation curve,
 precision and recall of both). On CPU,
-`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment makes training several
-times faster: the allocator then keeps its pages.
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment may make training faster:
+the allocator then keeps its pages.
 
 Options and networks: `generators.networks`; what a step does: `generators.gan`,
 `generators.cycles`, `generators.steps`.

@@ -193,6 +193,10 @@ def test_the_sheet_of_examples_has_a_row_of_each_face(options, columns, tmp_path
         rows = 1 if "--across" in options else 2
         assert sheet.width == 64 * columns and 64 * rows < sheet.height < 64 * (rows + 1)
     assert examples_sheet.main([str(photos), str(target), *options]) == 2  # --overwrite
+    alone = ["--alone", "2", "--across", "2", "--size", "64", "--overwrite"]
+    assert examples_sheet.main([str(photos), str(target), *alone]) == 0
+    with open_image(target) as sheet:
+        assert sheet.size == (128, 64)
 
 
 # ------------------------------------------------------------------------------- training

@@ -646,7 +646,8 @@ def test_refining_lowers_the_error(face, anime, encoder):
 
 def test_drawings_are_refined_along_w_plus_as_it_is_unless_asked():
     """The metric's steps are closer to the photo, and their drawings worse (benchmarks/LOG.md)."""
-    config = InferConfig(input="x", output=Path("y"), align=False, refine_steps=2)
+    config = InferConfig(input="x", output=Path("y"), align=False, refine_steps=2,
+                         backend="torch")  # fmt: skip
     asked = replace(config, curvature="curvature64")
     plain, metric = (load(c, torch.device("cpu")).curvature for c in (config, asked))
     assert plain is None and isinstance(metric, Curvature)

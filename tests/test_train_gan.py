@@ -275,7 +275,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(config, tmp_path):
         for name in squares:
             if first[name].ndim:  # not of a noise strength: each process draws its own noise
                 total = second[name].sum()
-                torch.testing.assert_close(total, first[name].sum(), rtol=1e-3, atol=0)
+                torch.testing.assert_close(total, first[name].sum(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize(

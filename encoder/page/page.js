@@ -108,7 +108,8 @@ async function next() {
     document.body.classList.toggle("waiting", still);
     const wanted = { ...settings.values(still), reconstruction: $("show-reconstruction").checked };
     const result = await page.engine.translate(frame, wanted, { still });
-    if (source === page.source) show(result, performance.now() - began);
+    const late = source !== page.source || !page.ready; // an answer must not hide that all is gone
+    if (!late) show(result, performance.now() - began);
   } catch (error) {
     failed(error);
   } finally {

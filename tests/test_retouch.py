@@ -1,6 +1,6 @@
-"""Drawings whose halves are drawn alike, and a style that learns them beside real drawings.
+"""Retouched drawings: halves, colours, lines; and a style that learns them beside real drawings.
 
-pytest tests/test_symmetric.py
+pytest tests/test_retouch.py
 """
 
 from dataclasses import replace
@@ -11,16 +11,18 @@ import torch
 from pictures import photo
 from test_train_gan import config, metrics, same  # noqa: F401
 
-from encoder import symmetric
+from encoder import retouch
 from encoder.model import Encoder, EncoderConfig
 from generators import train
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, save
 from generators.data import first_pictures, open_dataset
 from generators.filters import DRAWINGS, LATENTS
-from generators.images import to_float
+from generators.images import resize, to_float
 from generators.latents import read_ws
 from generators.stylegan2 import Generator
+
+PLAIN = ("--hair=0", "--ground=0", "--strangers=0", "--sharpen=0")
 
 
 @pytest.fixture
@@ -42,18 +44,18 @@ def models(tmp_path: Path, face, anime) -> Path:
 def made(models: Path, *more: str) -> int:
     names = {"encoder": "encoder", "face-generator": "face", "anime-generator": "anime"}
     files = [f"--{option}={models / name}.safetensors" for option, name in names.items()]
-    return symmetric.main([str(models / "pairs"), f"--data={models / 'photos'}", "--images=4",
+    return retouch.main([str(models / "pairs"), f"--data={models / 'photos'}", "--images=4",
                            "--swap-resolution=8", *files, *more])  # fmt: skip
 
 
 @pytest.mark.parametrize("half", ["left", "right"])
 def test_each_side_is_the_better_half_of_one_of_the_drawings(half):
     drawings, mirrored = torch.rand(2, 2, 3, 16, 16)
-    joined = symmetric.joined_halves(drawings, mirrored, half)
+    joined = retouch.joined_halves(drawings, mirrored, half)
     ours, other = (slice(0, 6), slice(10, 16)) if half == "left" else (slice(10, 16), slice(0, 6))
     assert (joined[..., ours] == drawings[..., ours]).all()
     assert (joined[..., other] == mirrored.flip(-1)[..., other]).all()
-    again = symmetric.joined_halves(mirrored, drawings, half)  # of the mirrored photo
+    again = retouch.joined_halves(mirrored, drawings, half)  # of the mirrored photo
     torch.testing.assert_close(again, joined.flip(-1))
     seam = slice(6, 10)  # in between, between both
     both = torch.stack([drawings, mirrored.flip(-1)])[..., seam]
@@ -61,15 +63,11 @@ def test_each_side_is_the_better_half_of_one_of_the_drawings(half):
 
 
 def test_the_command_writes_each_photo_and_its_mirror_image(models, face, capsys):
-    assert made(models) == 0
+    assert made(models, *PLAIN) == 0
     ws = read_ws(models / "pairs" / LATENTS, face)
     drawings = to_float(open_dataset(models / "pairs" / DRAWINGS, 16).pictures)
     assert ws.shape == (8, 6, 8) and drawings.shape == (8, 3, 16, 16)
-    photos = first_pictures(open_dataset(models / "photos", 16), 4)
-    encoder = load(models / "encoder.safetensors", Encoder).eval()
-    names = ("face", "anime")
-    files = (models / f"{name}.safetensors" for name in names)
-    draws = SwappedSynthesis(*(load(file, Generator) for file in files), 8)
+    photos, encoder, draws = looked_at(models)
     with torch.no_grad():
         wanted = torch.stack([encoder(photos), encoder(photos.flip(-1))], 1).flatten(0, 1)
         right = draws(wanted).clamp(-1, 1)[..., 10:]
@@ -78,6 +76,90 @@ def test_the_command_writes_each_photo_and_its_mirror_image(models, face, capsys
     assert (drawings[::2] - drawings[1::2].flip(-1)).abs().max() == 0
     assert made(models) == 2 and "overwrite" in capsys.readouterr().err
     assert made(models, "--overwrite") == 0
+    retouched = to_float(open_dataset(models / "pairs" / DRAWINGS, 16).pictures)
+    assert (retouched - drawings).abs().mean() > 0.05
+    assert (retouched[::2] - retouched[1::2].flip(-1)).abs().max() < 0.01
+
+
+def looked_at(models: Path) -> tuple[torch.Tensor, Encoder, SwappedSynthesis]:
+    """The four photos, and what looks at them and draws them."""
+    photos = first_pictures(open_dataset(models / "photos", 16), 4)
+    files = (models / f"{name}.safetensors" for name in ("face", "anime"))
+    draws = SwappedSynthesis(*(load(file, Generator) for file in files), 8)
+    return photos, load(models / "encoder.safetensors", Encoder).eval(), draws
+
+
+def test_strangers_give_the_w_of_the_blocks_that_draw(models, face):
+    assert made(models, *PLAIN[:2], PLAIN[3], "--strangers=0.5") == 0
+    ws = read_ws(models / "pairs" / LATENTS, face)[::2]
+    photos, encoder, draws = looked_at(models)
+    with torch.no_grad():
+        own, other = encoder(photos), encoder(photos.roll(1, 0))
+        drawn = draws(own, drawing_ws=other).clamp(-1, 1)
+    first = draws.limit.first
+    torch.testing.assert_close(ws[:, :first], own[:, :first], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ws[::2, first:], own[::2, first:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ws[1::2, first:], other[1::2, first:], atol=1e-5, rtol=1e-5)
+    drawings = to_float(open_dataset(models / "pairs" / DRAWINGS, 16).pictures)[::2]
+    assert (drawings - drawn)[1::2, ..., 10:].abs().max() < 0.01
+    assert (drawings - drawn)[::2, ..., 10:].abs().max() > 0.1
+
+
+def head(hair: float, ground: float, skin: float, mouth: float = -0.8) -> torch.Tensor:
+    """(1, 3, 64, 64): a face with a mouth, hair around it, ground behind; greys."""
+    y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij")
+    picture = torch.full((64, 64), ground)
+    picture[(y + 3) ** 2 + x**2 < 26**2] = hair
+    picture[((y - 5) / 17) ** 2 + (x / 14) ** 2 < 1] = skin
+    picture[45:47, 28:36] = mouth
+    return picture.expand(1, 3, 64, 64).clone()
+
+
+HAIR, GROUND, SKIN, MOUTH = (..., 10, 32), (..., 60, 4), (..., 40, 26), (..., 45, 32)
+
+
+def test_hair_and_ground_go_to_the_photos_and_the_face_stays():
+    drawn, photo = head(0.1, 0.9, 0.8), head(-0.9, 0.2, 0.0)
+    for hair, ground in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0)):
+        got = retouch.with_colours(drawn, photo, photo, hair, ground)[0, 0]
+        assert float(got[HAIR]) == pytest.approx(0.1 - hair, abs=0.06)
+        assert float(got[GROUND]) == pytest.approx(0.9 - 0.7 * ground, abs=0.06)
+        assert float(got[SKIN]) == pytest.approx(0.8, abs=0.03)
+        assert float(got[MOUTH]) == pytest.approx(-0.8, abs=0.03)
+    stranger, large = (resize(x, 128) for x in (head(0.6, -1.0, 0.0), photo))
+    got = retouch.with_colours(drawn, large, stranger, 1, 1)[0, 0]
+    assert float(got[HAIR]) == pytest.approx(0.6, abs=0.06)
+    assert float(got[GROUND]) == pytest.approx(0.2, abs=0.06)
+
+
+def test_face_and_hair_are_shares_of_each_pixel_and_mirrored_with_it():
+    drawings = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    face, hair = retouch.faces_and_hair(drawings)
+    assert face.shape == hair.shape == (3, 1, 32, 32)
+    assert face.min() >= 0 and hair.min() >= 0 and (face + hair).max() <= 1 + 1e-6
+    for part, other in zip((face, hair), retouch.faces_and_hair(drawings.flip(-1)), strict=True):
+        torch.testing.assert_close(part, other.flip(-1), atol=1e-5, rtol=0)
+
+
+def test_sharpening_makes_edges_steeper_and_leaves_plain_areas():
+    drawn = head(0.1, 0.9, 0.8)
+    sharp = retouch.sharpened(drawn, 0.7)
+    assert float((sharp - drawn)[..., 8:12, 30:34].abs().max()) < 1e-5
+    steep = [float(x.diff(dim=-1).abs().max()) for x in (drawn, sharp)]
+    assert steep[1] > 1.2 * steep[0]
+    assert (retouch.sharpened(drawn, 0) == drawn).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--hair=1.5", "a number from 0 to 1"), ("--strangers=2", "a number from 0 to 1"),
+     ("--ground=-1", "ground"), ("--sharpen=nan", "sharpen"), ("--images=0", "images")],
+)  # fmt: skip
+def test_a_share_is_one(models, option, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        made(models, option)
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (models / "pairs").exists()
 
 
 def test_an_encoder_of_another_generator_is_refused(models, capsys):
