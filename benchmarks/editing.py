@@ -42,10 +42,10 @@ QUICK = {"images": 2}
 class Config(Benchmark):
     data: str  # aligned faces that nothing was trained on: a folder or parquet
     images: int = 48
-    directions: str = "directions64"
-    face_generator: str = "face64"
-    anime_generator: str = "anime64"  # of the sheet
-    encoder: str = "encoder64"
+    directions: str = "directions128"
+    face_generator: str = "face128"
+    anime_generator: str = "anime128"  # of the sheet
+    encoder: str = "encoder128"
     people: str | None = None  # aligned faces of the sheet; None: the first three of the data
     shown: tuple[str, ...] = ("yaw", "smile", "hair-light", "hair-warm")  # on the sheet
     picture: Path | None = None  # the sheet, .png

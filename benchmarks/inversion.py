@@ -63,7 +63,7 @@ from generators.curvature import Curvature
 from generators.data import first_pictures, open_dataset
 from generators.distances import feature_space, kernel_distance, pooled_features
 from generators.features import FeaturePyramid
-from generators.images import resize, to_float, to_uint8
+from generators.images import to_float, to_uint8
 from generators.runs import frozen
 from generators.stylegan2 import Generator
 
@@ -78,9 +78,9 @@ QUICK: dict[str, Any] = {"images": 8, "steps": (2, 5), "refiners": ("lbfgs", "ad
 class Config(Benchmark):
     data: str  # held-out aligned faces
     images: int = 50  # evenly spread
-    face_generator: str = "face64"
-    encoder: str = "encoder64"
-    curvature: str | None = "curvature64"  # the generator's, of L-BFGS; None: without
+    face_generator: str = "face128"
+    encoder: str = "encoder128"
+    curvature: str | None = "curvature128"  # the generator's, of L-BFGS; None: without
     steps: tuple[int, ...] = (10, 25, 50, 100, 250)  # of search after the encoder
     refiners: tuple[Literal["lbfgs", "adam"], ...] = ("lbfgs",)  # that search after the encoder
     optimisation_steps: tuple[int, ...] = (100, 250, 500, 1000)  # of Adam without the encoder
@@ -96,7 +96,7 @@ class Config(Benchmark):
     id_weights: Path | None = None  # FaceNet's, of the column id: 1 - cosine; None: no such column
     anime_data: str | None = None  # drawn faces; with them, each method's anime picture is judged
     anime_images: int = 2000  # drawn faces, evenly spread, at most
-    anime_generator: str = "anime64"
+    anime_generator: str = "anime128"
     swap_resolution: int = 16  # its first block
     anime_space: str = "efficientnet"  # of KID; NAME or NAME=WEIGHTS of generators.distances
     batch_size: int = 8
@@ -228,7 +228,7 @@ class Bench:
         """(B, 3, R, R) -> ws (B, L, D), pictures (B, 3, R, R), curve (B, 1 + steps) or None."""
         start: Tensor | Literal["mean", "random"]
         if method.start == "encoder":
-            start = self.encoder(resize(images, self.encoder.config.resolution)).float()
+            start = self.encoder(images).float()
         else:
             start = method.start
         if method.search is None:

@@ -93,9 +93,9 @@ class Config(Benchmark):
     threads: int = 0  # of the CPU; 0: what fits the work, as in infer.py
     repeats: int = 20  # timed calls of each row, after two of warm-up
     pictures: Path = EXAMPLES  # photos of faces; those without one are left out
-    face_generator: str = "face64"  # with the next two: the trained networks
-    anime_generator: str = "anime64"
-    encoder: str = "encoder64"
+    face_generator: str = "face128"  # with the next two: the trained networks
+    anime_generator: str = "anime128"
+    encoder: str = "encoder128"
     channel_base: int | None = None  # of the random generators; None: the face generator's
     channel_max: int | None = None
 

@@ -9,8 +9,8 @@ data that no network has seen. At each strength: how the hair's lightness and ti
 reference's and the photo's (`drawn.py`), how often a cascade for drawn faces finds one, how often
 the person's own drawing is the nearest of all (`translation.py`). Also the errors of `invert`, the
 strangeness of the drawings, and the share of them that would be refused. The picture shows three
-faces of examples/ and three of face64, and six references that anime64 itself has drawn, all of the
-first z of a seed, for pictures of the data may not be shown. Ends with one JSON line; `--quick`
+faces of examples/ and three of face128, and six references that anime128 itself has drawn, all of
+the first z of a seed, for pictures of the data may not be shown. Ends with one JSON line; `--quick`
 looks at 24 people.
 
 Shape letters: N pictures, R resolution, L layers of w+, D dimension of w.
@@ -49,9 +49,9 @@ class Config(Benchmark):
     anime_data: str  # held-out drawn faces, likewise
     images: int = 200  # people, and drawings
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
-    face_generator: str = "face64"
-    anime_generator: str = "anime64"
-    encoder: str = "encoder64"
+    face_generator: str = "face128"
+    anime_generator: str = "anime128"
+    encoder: str = "encoder128"
     detector_cascade: Path | None = None  # OpenCV's .xml for drawn faces: lbpcascade_animeface
     batch_size: int = 25
     device: str = "cpu"

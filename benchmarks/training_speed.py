@@ -66,7 +66,7 @@ class Config(Benchmark):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0  # of each process; 0: torch's own choice, shared out
     repeats: int = 20  # timed steps of each row, after two of warm-up
-    face_generator: str = "face64"
+    face_generator: str = "face128"
     channel_base: int | None = None  # of the random generators; None: the face generator's
     channel_max: int | None = None
 

@@ -84,9 +84,9 @@ class Config(Benchmark):
     anime_data: str  # drawn faces, anything `open_dataset` reads
     images: int = 200  # people, evenly spread
     anime_images: int = 2000  # drawn faces, evenly spread, at most
-    face_generator: str = "face64"
-    encoder: str = "encoder64"
-    anime: tuple[str, ...] = ("anime64",)  # bundled name or NAME=PATH; @R: swapped from R only
+    face_generator: str = "face128"
+    encoder: str = "encoder128"
+    anime: tuple[str, ...] = ("anime128",)  # bundled name or NAME=PATH; @R: swapped from R only
     swap_resolutions: tuple[int, ...] = (64, 32, 16, 8)  # of fine-tunes without @R
     refine_steps: tuple[int, ...] = (0,)  # of the latents, after the encoder
     search_steps: tuple[int, ...] = ()  # rows without the encoder: L-BFGS in w+ from the mean face

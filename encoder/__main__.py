@@ -28,6 +28,7 @@ COMMANDS = {
     "export": ("encoder.export", "the networks as ONNX files, for other runtimes"),
     "checkpoint": ("generators.checkpoint", "store a network in half precision, for shipping"),
     "curvature": ("generators.curvature", "measure a generator's directions, for faster searches"),
+    "grow": ("encoder.grow", "a generator, and what belongs to it, to twice the resolution"),
     "blocks": ("generators.blocks", "swap the blocks of two generators; grids of it"),
 }
 

@@ -2,7 +2,7 @@
 
     samples = mapped(face)                                 # (M, L, D) of random z
     steps = spread(principal_axes_of(samples, 8), samples)     # a step: one standard deviation
-    directions = load(resolve("directions64"), Directions)
+    directions = load(resolve("directions128"), Directions)
     ws = ws + directions.offset(edits_of(["smile=1.5", "pc3=-2@4-7"]))
 
 Without labels: principal axes of w (GANSpace, Härkönen et al. 2020, arXiv:2004.02546, section 2.1),
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from encoder.options import Edit
 from generators import checkpoint
+from generators.bundled import companion
 from generators.command import printable
 from generators.latents import SAMPLES, SPATIAL_LAYER, affines
 from generators.runs import seed_of
@@ -235,9 +236,10 @@ def load_directions(generator: str, given: str | None, edits: Sequence[Any]) -> 
     bundled generator; None where there are no edits."""
     if not edits:
         return None
-    if given is None and generator != "face64":
+    given = companion(generator, "directions") if given is None else given
+    if given is None:
         raise ValueError(
             "Edits need --directions FILE; python -m encoder.edit directions finds them for a "
             "face generator."
         )
-    return checkpoint.load(checkpoint.resolve(given or "directions64"), Directions)
+    return checkpoint.load(checkpoint.resolve(given), Directions)

@@ -75,6 +75,7 @@ class DirectionsConfig(Drawing):
     overwrite: bool = False  # replace files that exist
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_numbers(self, {"of 1 or more": ("images",), "of 0 or more": ("components", "sefa")})
         if unknown := sorted(set(self.measure) - MEASURES.keys()):
             raise ValueError(
@@ -111,6 +112,7 @@ class MixConfig(Drawing):
     size: int = 96  # side of each picture of the sheet, in pixels
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size(self.size)
         if len(self.input) < 2:
             raise ValueError("give two pictures or more to mix")

@@ -34,7 +34,7 @@ from torch import Tensor
 from encoder.align import Aligner
 from encoder.graphs import Dtype, encoder_model, mtcnn_model, synthesis_model, translator_model
 from encoder.model import Encoder
-from encoder.options import styles_of
+from encoder.options import Models
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, read_metadata, resolve
 from generators.command import command, console, printable
@@ -217,12 +217,9 @@ def faces_of(face: Generator) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Models):
     output: Path  # folder, made if need be
-    face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator: the style "anime"
     styles: str = "anime"  # comma list of anime, sketch, paint, and NAME=FILE: a drawing of each
-    encoder: str = "encoder64"  # trained for the face generator
     swap_resolution: int = 16  # blocks from this resolution on are the anime generator's
     style_limit: float = DEVIATIONS  # of the drawing's blocks, as of infer.py
     dtype: Dtype = "fp32"  # fp16: all in half precision; mixed: weights only, arithmetic in fp32
@@ -247,7 +244,7 @@ def crops_of(pictures: str | None, side: int) -> Tensor | None:
 
 
 def run(config: ExportConfig) -> None:
-    styles = styles_of(config.styles, config.anime_generator)
+    styles = config.styles_of(config.styles)
     names = {"face": config.face_generator, "encoder": config.encoder} | styles
     paths = {role: resolve(name) for role, name in names.items()}
     for name in FILES:

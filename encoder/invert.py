@@ -39,9 +39,10 @@ from encoder.files import Job, Results, find_faces
 from encoder.frames import check_format, write_frames
 from encoder.losses import LossNetworks, LossSet, LossWeights
 from encoder.model import Encoder
-from encoder.options import FilesConfig, chosen
+from encoder.options import FilesConfig, belonging, chosen
 from encoder.search import Inversion, Search, optimise_latent
 from generators import checkpoint
+from generators.bundled import FACE
 from generators.command import command, console, parse_device, printable
 from generators.curvature import curvature_of
 from generators.dcgan import DcganGenerator
@@ -50,7 +51,6 @@ from generators.images import (
     fit,
     open_image,
     open_opacity,
-    resize,
     to_float,
     to_pil,
     to_uint8,
@@ -68,10 +68,10 @@ FILM_FRAMES = 250  # at most
 class InvertConfig(FilesConfig):
     save: str = "reconstruction,latents,curve"  # comma list of reconstruction, latents, curve, film
     film_format: Literal["gif", "mp4"] = "gif"  # mp4 needs PyAV: pip install '.[video]'
-    generator: str = "face64"  # bundled name or .safetensors, of a StyleGAN2 or a DCGAN
+    generator: str = FACE  # bundled name or .safetensors, of a StyleGAN2 or a DCGAN
     start: str = "encoder"  # encoder, mean, random (the best of --candidates), or a latents file
-    encoder: str = "encoder64"  # of the generator, for --start encoder
-    curvature: str | None = None  # of the generator, for lbfgs; face64 has curvature64
+    encoder: str = "auto"  # of the generator, for --start encoder; auto: the bundled one
+    curvature: str | None = None  # of the generator, for lbfgs; None: the bundled generator's
     # how to search: space, optimiser, steps
     search: Annotated[Search, tyro.conf.arg(name="")] = field(default_factory=Search)
     # what is minimised; the term "latent" is for training alone
@@ -85,6 +85,8 @@ class InvertConfig(FilesConfig):
     threads: int = 0  # of the CPU; 0: what fits the work
 
     def __post_init__(self) -> None:
+        if self.encoder == "auto":
+            object.__setattr__(self, "encoder", belonging(self.generator, "encoder"))
         artefacts = chosen(self.save, self.endings)
         if "film" in artefacts:
             check_format(Path(artefacts["film"]))
@@ -173,7 +175,7 @@ class Inverter:
     @torch.no_grad()
     def start(self, target: Tensor) -> Any:
         if self.encoder is not None:
-            return self.encoder(resize(target, self.encoder.config.resolution))
+            return self.encoder(target)
         if self.given is not None:
             return self.given.expand(len(target), *self.given.shape[1:])
         return self.config.start

@@ -27,8 +27,9 @@ from PIL import Image
 from encoder.align import Aligner
 from encoder.artist import Artist
 from encoder.engines import engine_of
-from encoder.options import STYLES, Drawing, styles_of
+from encoder.options import STYLES, Drawing
 from encoder.pipeline import Translator
+from generators.bundled import companion
 from generators.checkpoint import load, resolve
 from generators.command import command, console, parse_device, printable
 from generators.superres import SuperResolution
@@ -40,13 +41,14 @@ TOKEN = 16  # characters of a share token, at least
 @dataclass(frozen=True, kw_only=True)
 class LiveConfig(Drawing):
     styles: str | None = None  # that the page offers, as of infer.py; None: all that are bundled
-    # for face64, of another face generator anime
+    # for a bundled face generator, of another anime
     host: str = "127.0.0.1"  # address to listen on; others than this machine's need a share token
     port: int = 8000  # 0: any that is free
     share_token: str | None = None  # who opens the page must have it; "new" makes one
     clients: int = 32  # that are connected at the same time, at most
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.drawn
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be 0 to 65535, not {self.port}")
@@ -64,8 +66,8 @@ class LiveConfig(Drawing):
     @property
     def drawn(self) -> dict[str, str]:
         """{style: bundled name or file}, the first being drawn at first."""
-        usual = ",".join(STYLES) if self.face_generator == "face64" else "anime"
-        return styles_of(self.styles or usual, self.anime_generator)
+        usual = ",".join(STYLES) if companion(self.face_generator, "anime") else "anime"
+        return self.styles_of(self.styles or usual)
 
 
 def is_here(host: str) -> bool:

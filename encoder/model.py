@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from generators.images import resize
 from generators.latents import from_offsets
 from generators.stylegan2 import SPATIAL_SIDE
 
@@ -41,6 +42,7 @@ class EncoderConfig:
     shared: bool = False  # all queries together give one w of all layers, each adds to its own
     dense: int = 0  # channels of a map whose every place adds to that w, beside the pixels; 0: none
     spatial: int = 0  # S, channels of the generator's spatial code, of the last of the L rows
+    repeated: int = 0  # layers, the last ones, that get the w of the one before them
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
@@ -52,7 +54,7 @@ class EncoderConfig:
                 f"input_size must be 0 or from {self.resolution} to {MOST['resolution']}, "
                 f"not {self.input_size}"
             )
-        for name in ("dense", "spatial"):
+        for name in ("dense", "spatial", "repeated"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value <= MOST["width"]:
                 raise ValueError(f"{name} must be a whole number from 0 up, not {value}")
@@ -61,6 +63,8 @@ class EncoderConfig:
                 f"a spatial code of {self.spatial} channels does not fill some of "
                 f"{self.num_ws} rows of {self.w_dim}"
             )
+        if self.repeated >= self.layers:
+            raise ValueError(f"of {self.layers} layers {self.repeated} cannot repeat another")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of twice the {self.heads} heads"
@@ -71,6 +75,11 @@ class EncoderConfig:
     def layers(self) -> int:
         """Rows that are a layer's w."""
         return self.num_ws - self.spatial * SPATIAL_SIDE**2 // self.w_dim
+
+    @property
+    def found(self) -> int:
+        """Of these, that have a w of their own."""
+        return self.layers - self.repeated
 
     @property
     def side(self) -> int:
@@ -100,7 +109,8 @@ def check_backbone(name: str, resolution: int) -> None:
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, R, R) in [-1, 1] -> ws (B, L, D): w_avg plus offsets, a learned query each.
+    """Images (B, 3, R, R) in [-1, 1], others are resized -> ws (B, L, D): w_avg plus offsets, a
+    learned query each.
 
     The backbone's batch norms keep their running statistics, so that a picture's latent does not
     depend on its batch and training on n processes equals training on one. The buffer `w_avg` (D,)
@@ -134,16 +144,16 @@ class Encoder(nn.Module):
         self.project = nn.ModuleList(nn.Linear(c, config.width) for c in channels)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         self.level = nn.Parameter(torch.randn(len(channels), config.width) * 0.02)
-        self.queries = nn.Parameter(torch.randn(config.layers, config.width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.found, config.width) * 0.02)
         self.layers = nn.ModuleList(
             CrossAttention(config.width, config.heads) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)
         self.to_offsets = nn.Parameter(
-            torch.randn(config.layers, config.width, config.w_dim) * 0.02 * config.width**-0.5
+            torch.randn(config.found, config.width, config.w_dim) * 0.02 * config.width**-0.5
         )
         if config.shared:
-            self.to_shared = nn.Linear(config.layers * config.width, config.w_dim)
+            self.to_shared = nn.Linear(config.found * config.width, config.w_dim)
             nn.init.normal_(self.to_shared.weight, std=0.02 * config.width**-0.5)
             nn.init.zeros_(self.to_shared.bias)
         if config.dense:
@@ -152,7 +162,8 @@ class Encoder(nn.Module):
             self.spatial = Spatial(config, channels, backbone.feature_info.reduction())
 
     def forward(self, images: Tensor) -> Tensor:
-        config, maps = self.config, self.maps(images)
+        config, images = self.config, resize(images, self.config.resolution)
+        maps = self.maps(images)
         levels: Any = zip(maps, self.project, self.norms, self.level, strict=True)
         tokens = torch.cat(
             [
@@ -171,6 +182,8 @@ class Encoder(nn.Module):
         if config.dense:
             offsets = offsets + self.dense(images, maps)[:, None]
         ws = from_offsets(offsets.float(), self.w_avg.float())
+        if config.repeated:
+            ws = torch.cat([ws, ws[:, -1:].expand(-1, config.repeated, -1)], dim=1)
         if config.spatial:
             code = (
                 self.spatial(images, maps)

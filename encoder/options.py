@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from generators.bundled import FACE, companion
 from generators.command import printable
 
 # What infer writes of a picture, and what its name ends in:
@@ -26,12 +27,33 @@ LARGEST = 8192  # side of a written picture in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Networks:
+class Models:
+    """The networks that look at photos and draw; "auto" is what belongs to the face generator, of
+    one that is not bundled, the default's."""
+
+    face_generator: str = FACE  # face128, face64 (smaller and faster), or a .safetensors file
+    anime_generator: str = "auto"  # a fine-tune of it: the style "anime"; bundled name or file
+    encoder: str = "auto"  # trained for it; bundled name or file
+
+    def __post_init__(self) -> None:
+        for role, kind in (("anime_generator", "anime"), ("encoder", "encoder")):
+            if getattr(self, role) == "auto":
+                object.__setattr__(self, role, belonging(self.face_generator, kind))
+
+    def styles_of(self, styles: str) -> dict[str, str]:
+        """See `styles_of`."""
+        return styles_of(styles, self.face_generator, self.anime_generator)
+
+
+def belonging(face_generator: str, kind: str) -> str:
+    """The bundled model of a kind, for that face generator or for the default."""
+    return companion(face_generator, kind) or companion(FACE, kind) or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks(Models):
     """Options of every command that looks at photos and draws."""
 
-    face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator: the style "anime"
-    encoder: str = "encoder64"  # trained for the face generator
     align: bool = True  # off: the pictures are aligned crops already
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the fastest that is here
     threads: int = 0  # of the CPU; 0: what fits the work
@@ -46,16 +68,22 @@ class Drawing(Networks):
 
 # ---------------------------------------------------------------------------- styles
 
-STYLES = {"anime": "anime64", "sketch": "sketch64", "paint": "paint64"}  # bundled
+STYLES = ("anime", "sketch", "paint")  # bundled, of each face generator
 
 
-def styles_of(styles: str, anime_generator: str = "anime64") -> dict[str, str]:
+def styles_of(
+    styles: str, face_generator: str = FACE, anime_generator: str = "auto"
+) -> dict[str, str]:
     """{name: bundled name or file} of a comma list of names and NAME=FILE.
 
-    "anime" is `anime_generator`. ValueError for a style that there is not, and for a name that
-    cannot be a part of a file's name, or is one of what is written already.
+    The bundled ones are those of the face generator, "anime" is `anime_generator`. ValueError for a
+    style that there is not, and for a name that cannot be a part of a file's name, or is one of
+    what is written already.
     """
-    known, short = STYLES | {"anime": anime_generator}, {v: k for k, v in STYLES.items()}
+    known = {style: belonging(face_generator, style) for style in STYLES}
+    short = {file: style for style, file in known.items()}
+    if anime_generator != "auto":
+        known["anime"] = anime_generator
     found: dict[str, str] = {}
     for given in styles.split(","):
         name, named, file = (part.strip() for part in given.partition("="))
@@ -188,18 +216,19 @@ class InferConfig(FilesConfig, Drawing, DrawConfig):
     truncation: float = 1.0  # below 1: closer to the average face
     style_limit: float = math.inf  # lower: cleaner drawings, higher (or inf): more of the photo
     refine_steps: int = 0  # of latent optimisation per picture; slower, and closer to the photo
-    curvature: str | None = None  # curvature64: refine closer to the photo, and less cleanly drawn
+    curvature: str | None = None  # curvature128: refine closer to the photo, less cleanly drawn
     edit: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # NAME=STEPS, again and again
-    directions: str | None = None  # the file that names are of; face64 has directions64
+    directions: str | None = None  # the file that names are of; None: the bundled generator's
     reference: str | None = None  # a drawing, or a folder of them: draw in its colours and manner
     reference_strength: float = 1.0  # 0: in those of the photo, 1: in those of the reference
     seed: int = 0  # which one of several references a photo gets
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"  # of encoder and synthesis
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Models.__post_init__(self)
+        FollowConfig.__post_init__(self)
         edits_of(self.edit)
-        styles_of(self.styles)
+        styles = self.styles_of(self.styles)
         chosen(self.save, ENDINGS)
         check_size(self.size)
         if self.batch_size < 1:
@@ -208,5 +237,5 @@ class InferConfig(FilesConfig, Drawing, DrawConfig):
             raise ValueError("--refine-steps must be 0 or more, and --truncation a number")
         if not 0 <= self.reference_strength <= 1:
             raise ValueError(f"--reference-strength is 0 to 1, not {self.reference_strength}")
-        if self.reference and len(styles_of(self.styles)) > 1:
+        if self.reference and len(styles) > 1:
             raise ValueError("A --reference goes with one style; give --styles a single one.")

@@ -30,7 +30,6 @@ from encoder.options import (
     drawn,
     edits_of,
     endings_of,
-    styles_of,
 )
 from encoder.pipeline import Translator, clock
 from encoder.reference import References
@@ -52,8 +51,8 @@ def translate_all(config: InferConfig) -> int:
     # 1. What is to be done, and whether it can be.
     device = parse_device(config.device)
     state = PartialState(cpu=device.type == "cpu")
-    styles = styles_of(config.styles, config.anime_generator)
-    endings = [endings_of(e, STYLES | styles) for e in (ENDINGS, video.ENDINGS)]
+    styles = config.styles_of(config.styles)
+    endings = [endings_of(e, {*STYLES, *styles}) for e in (ENDINGS, video.ENDINGS)]
     save = drawn(config.save, styles)
     results = Results(config, endings[0], save, r"(_face\d+)?", endings[1])
     if not results.todo:
@@ -102,7 +101,7 @@ def load(config: InferConfig, device: torch.device, few: bool = False) -> Transl
     given = config.curvature
     return Translator.load(
         config.face_generator,
-        styles_of(config.styles, config.anime_generator),
+        config.styles_of(config.styles),
         config.encoder,
         swap_resolution=config.swap_resolution,
         device=device,

@@ -28,9 +28,10 @@ from encoder.directions import Directions
 from encoder.engines import Backend, choose, encoder_of, synthesis_of
 from encoder.losses import LossSet
 from encoder.model import Encoder
-from encoder.options import Edit, styles_of
+from encoder.options import Edit, belonging, styles_of
 from encoder.search import Callback, Search, optimise_latent
 from generators.blocks import RECONSTRUCTION, SwappedSynthesis
+from generators.bundled import FACE
 from generators.checkpoint import load, resolve
 from generators.curvature import Curvature
 from generators.images import fit, resize, to_float
@@ -132,13 +133,16 @@ class Translator:
         return cls(source, styles, load(resolve(encoder), Encoder), **options)
 
     @classmethod
-    def bundled(cls, styles: str = "anime", **options: Any) -> Translator:
+    def bundled(
+        cls, styles: str = "anime", face_generator: str = FACE, **options: Any
+    ) -> Translator:
         """The models that come with the project, of one style or more ("anime,sketch"), and an
-        aligner unless one is given; `superres` enlarges."""
+        aligner unless one is given; `superres` enlarges. face_generator: face128, or face64."""
         how = {key: options[key] for key in ("device", "backend", "threads") if key in options}
         options.setdefault("aligner", Aligner(**how))
         options.setdefault("superres", load(resolve("superres64"), SuperResolution))
-        return cls.load("face64", styles_of(styles), "encoder64", **options)
+        encoder = belonging(face_generator, "encoder")
+        return cls.load(face_generator, styles_of(styles, face_generator), encoder, **options)
 
     # ------------------------------------------------------------------ pictures to crops
 

@@ -173,6 +173,7 @@ class CrossDomainConfig(FilesConfig, Networks):
     seed: int = 0  # of the random faces
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size(self.size)
         Search(self.steps, candidates=self.candidates)  # its sentences
 
@@ -194,6 +195,7 @@ class ConcatenateConfig(FilesConfig, Networks):
     size: int = 128  # side of each picture of the sheet, in pixels
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size(self.size)
         Search(self.steps)  # its sentences
 
@@ -219,6 +221,7 @@ class InterpolateConfig(Networks):
     superres: str = "superres64"  # the network for --size
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size(self.size)
         check_format(self.output)
         Search(self.refine_steps)  # its sentence

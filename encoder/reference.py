@@ -95,7 +95,7 @@ def seen(translator: Translator, images: Tensor) -> tuple[Tensor, Callable[[Tens
     axes of w (B, D), no longer than of a w of z; and the function from these to w."""
     mean, axes, spread = principal_axes(translator.face)
     alive = spread > 1e-3 * spread.max()  # along the others all w are alike
-    ws = translator.encoder(resize(images, translator.encoder.config.resolution))
+    ws = translator.encoder(images)
     along = (ws[:, : translator.face.layers].mean(dim=1) - mean) @ axes  # (B, D)
     along = torch.where(alive, along / spread.where(alive, spread.max()), 0.0)
     along = along / along.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1)

@@ -1,7 +1,7 @@
-"""Drawings of photos, retouched, to train a style on: two like halves, the photo's hair, lines.
+"""Drawings of photos, retouched, to train a style on: like halves, the photo's hair and mouth, ink.
 
     python -m encoder.retouch pairs/ --data faces/train.parquet
-    accelerate launch -m generators.train stylegan2 --init anime64 --freeze-generator-below 16 \\
+    accelerate launch -m generators.train stylegan2 --init anime128 --freeze-generator-below 16 \\
         --latents pairs/latents.safetensors --pairs pairs/drawings.parquet --paired-weight 1 …
 
 What a style does wrong in the same way in every drawing can be put right in its drawings, and
@@ -19,7 +19,12 @@ cheeks, with what it encloses; hair what has the colour above the forehead; all 
 are drawn with another photo's w in the blocks that draw, and get its hair: so hair is learnt from
 these blocks' w, which a reference gives them, and the ground from the rest.
 
-*Lines.* Sharpened by an unsharp mask, since regression is soft.
+*Ink.* Enlarged by super-resolution (`--size`), sharpened by an unsharp mask, made flat between
+lines by a bilateral filter (Tomasi & Manduchi 1998; several passes, as Winnemöller et al. 2006,
+"Real-Time Video Abstraction", section 3.1), and sharpened again, as regression is soft. Needs `pip
+install '.[prepare]'`, for OpenCV.
+
+*Mouths.* Drawn anew, as wide and as open as the photo's: `encoder.mouths`.
 
 Writes OUT/drawings.parquet and OUT/latents.safetensors, as `generators.filters` does: each photo,
 then the mirrored photo, whose drawing is the mirrored one.
@@ -37,17 +42,21 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
+from encoder.align import Aligner
 from encoder.attributes import HAIR
+from encoder.mouths import mouths_of, with_mouths
+from encoder.options import Models
 from encoder.pipeline import Translator
+from generators.checkpoint import load, resolve
 from generators.command import command, console
 from generators.data import first_pictures, open_dataset
 from generators.disk import may_write
-from generators.filters import DRAWINGS, LATENTS, write_pairs
-from generators.images import resize
+from generators.filters import DRAWINGS, LATENTS, opencv, write_pairs
+from generators.images import blurred, resize, to_float, to_uint8
 from generators.latents import mix
 from generators.runs import check_numbers, progress
+from generators.superres import SuperResolution
 
 BATCH = 32
 Half = Literal["left", "right"]
@@ -60,31 +69,36 @@ SKIN_REACH, HAIR_REACH = (0.22, 0.04), (0.30, 0.07)  # RMS of a colour's distanc
 CLOSED = 4  # 64ths, within which what skin encloses is face
 SPREAD = 3  # 64ths, of the ground's light
 LINES = 1  # 64ths, of the unsharp mask
+FLAT_REACH, FLAT_WINDOW, FLAT_COLOURS = 2, 7, 35  # 64ths; pixels; of 255
+SEEN = 128  # side at which photos are read for their mouths, at least
 
 
 @dataclass(frozen=True)
-class RetouchConfig:
+class RetouchConfig(Models):
     output: Annotated[Path, tyro.conf.Positional]  # folder, made if need be
     data: str  # photos: a folder, parquet, a saved Hugging Face data set
     images: int = 4000  # of them, evenly spread
-    encoder: str = "encoder64"  # a bundled name or a file
-    face_generator: str = "face64"  # the encoder's: a bundled name or a file
-    anime_generator: str = "anime64"  # a fine-tune of it: a bundled name or a file
     swap_resolution: int = 16  # first block of the fine-tune
     half: Half = "right"  # of the picture, that the style draws better
     hair: float = 0.8  # share of the way of its colour to the photo's: 0 as drawn, 1 the photo's
     ground: float = 0.6  # the same of the ground's light and colours
     strangers: float = 0.25  # share of photos that are drawn with another's hair
-    sharpen: float = 0.7  # share of what is finer than the blur that is added once more
+    size: int | None = None  # side of the drawings in pixels; None: the generator's own
+    superres: str = "superres64"  # enlarges to a larger --size: a bundled name or a file
+    sharpen: float = 1.2  # share of what is finer than the blur that is added once more
+    flatten: int = 4  # passes of the filter that makes areas flat
+    mouths: bool = True  # drawn anew, like the photo's; off: as the style draws them
+    emphasis: float = 0.4  # share as of --sharpen, at last: what is learnt by regression is softer
     overwrite: bool = False  # replace files that exist
 
     def __post_init__(self) -> None:
         ranges = {
-            "of 1 or more": ("images",),
-            "of 0 or more": ("sharpen",),
+            "of 1 or more": ("images", "size"),
+            "of 0 or more": ("sharpen", "flatten", "emphasis"),
             "from 0 to 1": ("hair", "ground", "strangers"),
         }
         check_numbers(self, ranges)
+        super().__post_init__()
 
 
 # ----------------------------------------------------------------------------- halves
@@ -152,7 +166,7 @@ def ellipse(images: Tensor, centre: tuple[float, float], axes: tuple[float, floa
     return torch.sigmoid(8 * (1 - y[:, None].square() - x.square()))
 
 
-# ------------------------------------------------------------------------------ lines
+# -------------------------------------------------------------------------------- ink
 
 
 def sharpened(images: Tensor, amount: float) -> Tensor:
@@ -160,9 +174,18 @@ def sharpened(images: Tensor, amount: float) -> Tensor:
     return images + amount * (images - blurred(images, LINES * images.shape[-1] / 64))
 
 
-def blurred(images: Tensor, sigma: float) -> Tensor:
-    """By a Gaussian of that many pixels, mirrored at the edges, (B, C, R, R)."""
-    return gaussian_blur(images, [2 * max(1, round(3 * sigma)) + 1] * 2, [sigma, sigma])
+def flattened(images: Tensor, passes: int) -> Tensor:
+    """(B, 3, R, R) in [-1, 1], each pass joining neighbours of like colour; on the CPU."""
+    if not passes:
+        return images
+    cv2, reach = opencv(), FLAT_REACH * images.shape[-1] / 64
+    made = []
+    for picture in to_uint8(images.cpu()).permute(0, 2, 3, 1).contiguous().numpy():
+        flat = picture
+        for _ in range(passes):
+            flat = cv2.bilateralFilter(flat, FLAT_WINDOW, FLAT_COLOURS, reach)
+        made.append(torch.from_numpy(flat))
+    return to_float(torch.stack(made).permute(0, 3, 1, 2)).to(images.device)
 
 
 # ------------------------------------------------------------------------ the command
@@ -188,7 +211,13 @@ def pairs(
     (ws, first), (mirrored_ws, second) = drawn(photos), drawn(photos.flip(-1))
     drawings = joined_halves(first, second, config.half).clamp(-1, 1)
     drawings = with_colours(drawings, photos, or_other(photos), config.hair, config.ground)
-    drawings = sharpened(drawings, config.sharpen).clamp(-1, 1)
+    if config.size is not None:
+        drawings = translator.enlarge(drawings.clamp(-1, 1), config.size)
+    drawings = flattened(sharpened(drawings, config.sharpen), config.flatten)
+    if config.mouths:
+        assert translator.aligner is not None
+        drawings = with_mouths(drawings, mouths_of(photos, translator.aligner))
+    drawings = sharpened(drawings, config.emphasis).clamp(-1, 1)
     both = torch.stack([drawings, drawings.flip(-1)], dim=1)
     return torch.stack([ws, mirrored_ws], dim=1).flatten(0, 1), both.flatten(0, 1)
 
@@ -197,18 +226,25 @@ def run(config: RetouchConfig) -> None:
     for name in (DRAWINGS, LATENTS):
         may_write(config.output / name, config.overwrite)
     models = config.face_generator, config.anime_generator, config.encoder
-    translator = Translator.load(*models, swap_resolution=config.swap_resolution)
-    data = open_dataset(config.data, translator.encoder.config.resolution)
+    translator = Translator.load(
+        *models,
+        swap_resolution=config.swap_resolution,
+        aligner=Aligner() if config.mouths else None,
+        superres=load(resolve(config.superres), SuperResolution) if config.size else None,
+    )
+    side = max(translator.crop_size, SEEN if config.mouths else 0)
+    data = open_dataset(config.data, side)
     photos = first_pictures(data, config.images)
     passed = (torch.arange(len(photos) + 1) * config.strangers).floor()
     strange = passed.diff() > 0  # (N), evenly spread
     made = []
     with progress(len(photos), 0, console.is_terminal, "photos") as advance:
         for batch in zip(photos.split(BATCH), strange.split(BATCH), strict=True):
-            made.append(pairs(translator, *batch, config))
+            ws, drawings = pairs(translator, *batch, config)
+            made.append((ws, to_uint8(drawings)))
             advance(min(len(made) * BATCH, len(photos)))
-    ws, drawings = (torch.cat(parts) for parts in zip(*made, strict=True))
-    write_pairs(config.output, ws, drawings)
+    drawn = (to_float(picture) for _, drawings in made for picture in drawings)
+    write_pairs(config.output, torch.cat([ws for ws, _ in made]), drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

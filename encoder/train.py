@@ -1,13 +1,13 @@
 """Train an encoder that predicts a StyleGAN2 generator's w+ latent from one look at a face.
 
-    accelerate launch train_encoder.py --data faces/ --output runs/encoder64
+    accelerate launch train_encoder.py --data faces/ --output runs/encoder
 
 One process or many, CPU or GPU, any precision that `accelerate launch` offers. Resume is the same
 command; Ctrl-C and SIGTERM leave a checkpoint. The end of a run writes RUN/encoder.safetensors (the
 moving average), with --eval-data also RUN/best.safetensors (the average of lowest held-out MSE).
 
     # encoder and generator together, from the bundled pair
-    accelerate launch train_encoder.py --data faces/ --output runs/pair64 --init encoder64 \
+    accelerate launch train_encoder.py --data faces/ --output runs/pair --init encoder128 \
         --generator-lr 4e-4 --synthetic-fraction 0 --input-size 128 --loss.mse 2 --loss.l1 2 \
         --loss.perceptual 0.6 --loss.latent 0 --loss.adversarial 0.3 --pixel-weight 0.15
 
@@ -38,6 +38,7 @@ from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
 from generators.adversarial import R1_INTERVAL, discriminator_loss, r1_penalty
 from generators.blocks import SwappedSynthesis, with_spatial
+from generators.bundled import FACE
 from generators.command import command
 from generators.data import Pictures, first_pictures, open_dataset, start_at
 from generators.features import load_backbone
@@ -59,7 +60,7 @@ class EncoderTrainConfig(RunConfig):
     data: str  # real faces: a folder, parquet, a saved Hugging Face data set, or hf:NAME (streamed)
     eval_data: str | None = None  # held-out faces; None: no held-out metrics
     eval_images: int = 200  # of them
-    face_generator: str = "face64"  # a bundled name or a .safetensors; frozen, unless it learns
+    face_generator: str = FACE  # a bundled name or a .safetensors; frozen, unless it learns
     # of a generator that learns with its encoder
     joint: Annotated[JointOptions, tyro.conf.arg(name="")] = field(default_factory=JointOptions)
     init: str | None = None  # encoder to begin with: a bundled name or a .safetensors; None: anew
@@ -328,7 +329,7 @@ def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
     encoder = Encoder(
         EncoderConfig(
             config.backbone,
-            generator.resolution,
+            generator.resolution if initial is None else initial.config.resolution,
             generator.num_ws,
             generator.w_dim,
             config.width,
@@ -337,6 +338,7 @@ def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
             shared=config.shared or (initial is not None and initial.config.shared),
             dense=config.dense or (0 if initial is None else initial.config.dense),
             spatial=generator.config.spatial,
+            repeated=0 if initial is None else initial.config.repeated,
         )
     )
     if initial is not None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from encoder.browser import write_networks
 from encoder.model import Encoder
-from encoder.options import styles_of
+from encoder.options import Models
 from generators.checkpoint import load, read_metadata, resolve
 from generators.command import command, console, printable
 from generators.disk import open_regular, write_atomically
@@ -87,12 +87,9 @@ HEADERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WebConfig:
+class WebConfig(Models):
     output: Path  # folder of the site; new, or with --overwrite an earlier site
-    face_generator: str = "face64"  # bundled name or .safetensors file
-    anime_generator: str = "anime64"  # a fine-tune of the face generator: the style "anime"
     styles: str = "anime"  # that the page offers, as of infer.py; each is 1.6 MB more to load
-    encoder: str = "encoder64"  # trained for the face generator
     swap_resolution: int = 16  # that the page starts with: drawn are the blocks from this one on
     style_limit: float = DEVIATIONS  # of the drawing's blocks, as of infer.py
     onnxruntime_web: Path | None = None  # the npm package, .tgz or unpacked; None: npm fetches it
@@ -101,7 +98,8 @@ class WebConfig:
     overwrite: bool = False  # replace a site that is there
 
     def __post_init__(self) -> None:
-        styles_of(self.styles)
+        super().__post_init__()
+        self.styles_of(self.styles)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be 0 to 65535, not {self.port}.")
 
@@ -121,7 +119,7 @@ def run(config: WebConfig) -> None:
 def build(config: WebConfig, output: Path) -> None:
     """Makes the site beside `output`, then puts it there: whole or not at all."""
     may_build(output, config.overwrite)
-    styles = styles_of(config.styles, config.anime_generator)
+    styles = config.styles_of(config.styles)
     names = {"face": config.face_generator, "encoder": config.encoder} | styles
     paths = {role: resolve(name) for role, name in names.items()}
     runtime = runtime_files(config.onnxruntime_web)

@@ -32,7 +32,13 @@ from generators.disk import may_write, write_atomically
 from generators.images import grid, labelled, resize
 from generators.latents import DEVIATIONS, StyleLimit, read_ws
 from generators.runs import seed_of
-from generators.stylegan2 import Generator, GeneratorConfig, NoiseMode, SynthesisNetwork
+from generators.stylegan2 import (
+    Generator,
+    GeneratorConfig,
+    NoiseMode,
+    SynthesisNetwork,
+    resolutions_up_to,
+)
 
 RECONSTRUCTION = "reconstruction"  # among drawings, by style, the face generator's own picture
 
@@ -242,7 +248,32 @@ class SwappedSynthesis(nn.Module):
         return self.tails[self.styles.index(style)]  # type: ignore[return-value]
 
 
-# ----------------------------------------------------------------------- a spatial code
+# ------------------------------------------------------------ more blocks, a spatial code
+
+
+def with_resolution(generator: Generator, resolution: int, seed: int = 0) -> Generator:
+    """The generator and blocks up to `resolution`, that at first only enlarge its picture: their
+    toRGB are 0 (Karras et al. 2018, arXiv:1710.10196, grow by fading in). The rows of their layers
+    come behind the other layers'. Their widths are those of the config's rule; from listed widths
+    on, half as many with each doubling. ValueError for a smaller resolution."""
+    config = generator.config
+    if resolution == config.resolution:
+        return generator
+    if resolution < config.resolution:
+        raise ValueError(
+            f"The generator draws {config.resolution}x{config.resolution}; it can grow, not "
+            f"shrink to {resolution}."
+        )
+    widths = list(config.widths)
+    while widths and len(widths) < len(resolutions_up_to(resolution)):
+        widths.append(max(widths[-1] // 2, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "resolution"))
+        result = Generator(replace(config, resolution=resolution, widths=tuple(widths)))
+    for r in result.config.block_resolutions[len(config.block_resolutions) :]:
+        nn.init.zeros_(result.synthesis.get_parameter(f"b{r}.torgb.weight"))
+    result.load_state_dict(result.state_dict() | generator.state_dict())
+    return result.to(generator.w_avg).train(generator.training)
 
 
 def with_spatial(generator: Generator, channels: int, seed: int = 0) -> Generator:

@@ -2,14 +2,18 @@
 
     python -m generators.checkpoint runs/a/generator.safetensors small.safetensors   # to fp16
     save(Path("face.safetensors"), generator, provenance={"licence": "CC BY 4.0", "data": "…"})
-    generator = load(resolve("face64"), Generator)        # a bundled model, or a path of your own
+    generator = load(resolve("face128"), Generator)       # a bundled model, or a path of your own
 
 A network's class says what its files hold: `kind`, a word in their metadata, and `config_class`.
 Loading is strict: a file gives the whole network it describes, or a ValueError. Half precision is a
 storage format only: networks come back in the precision they are built in, fp32.
+
+A file may leave out the tensors that are those of a bundled model, its base: a fine-tune with
+frozen blocks, a generator grown by a block. It then names the base and what it took from there.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -25,6 +29,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from generators.bundled import BUNDLED
 from generators.command import command, console, printable
 from generators.disk import may_write, write_atomically
 from generators.tensors import load_state, read_header, read_weights
@@ -33,11 +38,6 @@ FORMAT = "1"
 MOST = 1 << 20  # of whole numbers in a config
 WANTED = "a bundled name, or a .safetensors file of this project (python -m generators.convert)"
 N = TypeVar("N", bound=nn.Module)
-
-_WEIGHTS = Path(__file__).parent / "weights"
-_NAMES = ("face64", "anime64", "encoder64", "superres64", "curvature64", "directions64", "sketch64",
-          "paint64")  # fmt: skip
-BUNDLED = {name: _WEIGHTS / f"{name}.safetensors" for name in _NAMES}
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -57,11 +57,13 @@ def save(
     *,
     provenance: Mapping[str, str] | None = None,
     half: bool = False,
+    base: str | None = None,
 ) -> None:
     """Writes `module`, a network with `kind` and `config`, whole or not at all.
 
     provenance: where the weights come from, as short texts; "licence" is "not stated" unless given.
     half: store floating-point weights as fp16; ValueError if one does not fit.
+    base: name of a bundled model, whose equal tensors are left out; ValueError if there are none.
     """
     tensors = {name: _stored(name, tensor, half) for name, tensor in module.state_dict().items()}
     metadata: dict[str, Any] = {
@@ -70,6 +72,8 @@ def save(
         "config": json.dumps(dataclasses.asdict(module.config)),  # type: ignore[call-overload]
         "provenance": json.dumps({"licence": "not stated"} | dict(provenance or {})),
     }
+    if base is not None:
+        tensors, metadata["base"] = _without(tensors, base)
     write_atomically(Path(path), lambda file: safetensors.torch.save_file(tensors, file, metadata))
 
 
@@ -88,9 +92,10 @@ def load(path: str | Path, *classes: type[N]) -> N:
             f"give a file with a {' or '.join(rows)} here"
         )
     network, tensors = rows[metadata["kind"]], read_weights(path, WANTED)
+    inherited = _of_base(path, metadata)
     try:
         config = config_from(network.config_class, metadata["config"])
-        with torch.random.fork_rng(devices=[]), Bound(tensors):
+        with torch.random.fork_rng(devices=[]), Bound(tensors | inherited):
             module = getattr(network, "blank", network)(config)
     except MemoryError:
         raise
@@ -98,8 +103,56 @@ def load(path: str | Path, *classes: type[N]) -> N:
         raise ValueError(
             f"{printable(path)}: bad config ({printable(error)}); convert or download it again"
         ) from error
-    load_state(module, tensors, f"{printable(path)} is not as its config says, get it again")
+    taken = {k: inherited[k] for k in module.state_dict() if k in inherited and k not in tensors}
+    if inherited and _digest(taken) != metadata["base"].get("digest"):
+        raise ValueError(
+            f"{printable(path)}: what it left out was of another {metadata['base']['name']}; "
+            "get it again for this version"
+        )
+    complaint = f"{printable(path)} is not as its config says, get it again"
+    load_state(module, tensors | taken, complaint)
     return module.eval()
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a network's file, and those of its base that it does not have."""
+    return _of_base(path, read_metadata(path)) | read_weights(path, WANTED)
+
+
+def _of_base(path: str | Path, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of the bundled model that a file is based on, and of that one's own base."""
+    if "base" not in metadata:
+        return {}
+    name = str(metadata["base"].get("name"))
+    if name not in BUNDLED or BUNDLED[name] == Path(path):
+        raise ValueError(
+            f"{printable(path)}: is based on {printable(name, 40)}, which is no bundled model "
+            "here; get it again for this version"
+        )
+    return read_tensors(resolve(name))
+
+
+def _without(tensors: dict[str, Tensor], base: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors that are not the base's, and what tells which these are."""
+    theirs = _of_base("", {"base": {"name": base}})
+    equal = {k for k, v in tensors.items() if k in theirs and torch.equal(v, theirs[k].to(v.dtype))}
+    if not equal:
+        raise ValueError(f"no weight is one of {base}; leave the base out")
+    if len(equal) == len(tensors):
+        smallest = min(equal, key=lambda name: (tensors[name].numel(), name))
+        equal.remove(smallest)  # a file without any tensor is taken for a damaged one
+    digest = _digest({name: tensors[name] for name in equal})
+    own = {name: tensor for name, tensor in tensors.items() if name not in equal}
+    return own, json.dumps({"name": base, "digest": digest})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values, in half precision."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Bound(TorchDispatchMode):
@@ -136,7 +189,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             f"{FORMAT}; update the project"
         )
     try:
-        return raw | {key: _json_object(raw[key]) for key in ("config", "provenance")}
+        objects = [key for key in ("config", "provenance", "base") if key in raw]
+        return raw | {key: _json_object(raw[key]) for key in objects}
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{printable(path)}: its metadata is damaged ({printable(error)}); "
@@ -187,15 +241,24 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is kind and (kind is not int or abs(value) <= MOST)
 
 
-def pack(source: Path, target: Path, provenance: Mapping[str, str]) -> None:
+def pack(
+    source: Path, target: Path, provenance: Mapping[str, str], base: str | None = None
+) -> None:
     """Writes the network of `source`, of any kind, to `target` in half precision, for shipping.
 
-    provenance: entries that replace those of `source`. ValueError if a weight does not fit in fp16.
+    provenance: entries that replace those of `source`. base: as of `save`. ValueError if a weight
+    does not fit in fp16, or `source` has a base already.
     """
     metadata, tensors = read_metadata(source), read_weights(source, WANTED)
     metadata["config"] = json.dumps(metadata["config"])
     metadata["provenance"] = json.dumps(metadata["provenance"] | dict(provenance))
     tensors = {name: _stored(name, tensor, True) for name, tensor in tensors.items()}
+    if "base" in metadata:
+        if base is not None:
+            raise ValueError(f"{printable(source)}: has a base already; leave --base out")
+        metadata["base"] = json.dumps(metadata["base"])
+    elif base is not None:
+        tensors, metadata["base"] = _without(tensors, base)
     write_atomically(target, lambda file: safetensors.torch.save_file(tensors, file, metadata))
 
 
@@ -215,13 +278,18 @@ class PackConfig:
     source: Annotated[str, tyro.conf.Positional]  # a network: a bundled name or a file
     target: Annotated[Path, tyro.conf.Positional]  # the same in half precision
     provenance: dict[str, str] = field(default_factory=dict)  # KEY VALUE …, which replace SOURCE's
+    base: str | None = None  # bundled name of what it was made of: what is equal is left out
     overwrite: bool = False  # replace TARGET if it exists
+
+    def __post_init__(self) -> None:
+        if self.base is not None and self.base not in BUNDLED:
+            raise ValueError(f"--base is a bundled name, one of {', '.join(BUNDLED)}.")
 
 
 def run(config: PackConfig) -> None:
     source = resolve(config.source)
     may_write(config.target, config.overwrite, [source])
-    pack(source, config.target, config.provenance)
+    pack(source, config.target, config.provenance, config.base)
     console.print(f"written: {printable(config.target)}")
 
 

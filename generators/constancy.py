@@ -22,7 +22,7 @@ from generators.command import printable
 from generators.features import FeaturePyramid, fold_batch_norms, perceptual_distance
 from generators.runs import frozen
 from generators.stylegan2 import Generator, SynthesisNetwork
-from generators.tensors import load_state, read_weights
+from generators.tensors import load_state
 
 BACKBONE = "backbone."  # of a file's tensors, and the network's name in its config
 
@@ -55,7 +55,7 @@ def feature_network(
     name = checkpoint.read_metadata(file)["config"].get("backbone")
     tensors = {
         key.removeprefix(BACKBONE): value
-        for key, value in read_weights(file, checkpoint.WANTED).items()
+        for key, value in checkpoint.read_tensors(file).items()
         if key.startswith(BACKBONE)
     }
     if not tensors or not isinstance(name, str):

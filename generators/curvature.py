@@ -29,6 +29,7 @@ import tyro
 from torch import Tensor, nn
 
 from generators import checkpoint
+from generators.bundled import companion
 from generators.command import command, console, printable
 from generators.disk import may_write
 from generators.latents import read_ws
@@ -46,13 +47,22 @@ class CurvatureConfig:
     w_dim: int  # D
     rank: int = 256  # K, eigenvectors kept; fewer where w+ has fewer dimensions
     damping: float = DAMPING  # added to eigenvalues, the largest being 1: flat directions stay slow
+    still: tuple[int, ...] = ()  # rows of w+ that were not measured, and that no search moves
 
     def __post_init__(self) -> None:
         if min(self.num_ws, self.w_dim, self.rank) < 1:
             raise ValueError("num_ws, w_dim and rank must be 1 or more")
         if not self.damping > 0:
             raise ValueError(f"damping must be a number above 0, not {self.damping}")
-        object.__setattr__(self, "rank", min(self.rank, self.num_ws * self.w_dim))
+        object.__setattr__(self, "still", tuple(self.still))  # a list when read from JSON
+        if not set(self.still) < set(range(self.num_ws)):
+            raise ValueError(f"still are some of the {self.num_ws} rows, not {self.still}")
+        object.__setattr__(self, "rank", min(self.rank, len(self.rows) * self.w_dim))
+
+    @property
+    def rows(self) -> list[int]:
+        """Of w+, that were measured."""
+        return [row for row in range(self.num_ws) if row not in self.still]
 
 
 class Curvature(nn.Module):
@@ -68,7 +78,7 @@ class Curvature(nn.Module):
     def __init__(self, config: CurvatureConfig) -> None:
         super().__init__()
         self.config = config
-        size = config.num_ws * config.w_dim
+        size = len(config.rows) * config.w_dim
         self.register_buffer("basis", torch.zeros(config.rank, size))  # orthonormal rows
         self.register_buffer("values", torch.zeros(config.rank))
         self.register_buffer("rest", torch.zeros([]))  # the mean of the other eigenvalues
@@ -92,15 +102,22 @@ class Curvature(nn.Module):
             others = u[:, rank:]
             others = others - (others @ self.basis.T) @ self.basis
             w = w + (self.rest + damping).rsqrt() * others
-        return w.unflatten(1, (self.config.num_ws, self.config.w_dim))
+        w = w.unflatten(1, (-1, self.config.w_dim))  # (B, rows, D)
+        return w if not self.config.still else self._with_still(w)
+
+    def _with_still(self, w: Tensor) -> Tensor:
+        """(B, rows, D) -> (B, L, D), 0 where nothing was measured."""
+        whole = w.new_zeros(len(w), self.config.num_ws, self.config.w_dim)
+        return whole.index_copy(1, torch.tensor(self.config.rows, device=w.device), w)
 
     def of_one_w(self, layers: int | None = None) -> Curvature:
         """That of w (L = 1), the same w going to each of the first `layers` rows, None: to all."""
         layers, size = layers or self.config.num_ws, self.config.w_dim
-        rows = self.basis.view(-1, self.config.num_ws, size)[:, :layers].sum(dim=1)  # (K, D)
+        searched = [i for i, row in enumerate(self.config.rows) if row < layers]
+        rows = self.basis.unflatten(1, (-1, size))[:, searched].sum(dim=1)  # (K, D)
         # the other eigenvalues' part is not known by direction: `rest` times what the kept leave
         whole = (rows.T * (self.values - self.rest)) @ rows
-        whole = whole + layers * self.rest * torch.eye(size).to(whole)
+        whole = whole + len(searched) * self.rest * torch.eye(size).to(whole)
         values, vectors = torch.linalg.eigh(whole)
         result = Curvature(CurvatureConfig(1, size, size, DAMPING_OF_ONE_W)).to(rows)
         result.basis.copy_(vectors.T)
@@ -151,8 +168,7 @@ def measure(
 def curvature_of(generator: str | Path, given: str | Path | None = None) -> Curvature | None:
     """The curvature `given`, a bundled name or a file, or the bundled one of a bundled generator;
     None where there is neither."""
-    if given is None and str(generator) == "face64":
-        given = "curvature64"
+    given = companion(generator, "curvature") if given is None else given
     return None if given is None else checkpoint.load(checkpoint.resolve(given), Curvature)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from generators.bundled import FACE
 from generators.checkpoint import load, resolve
 from generators.command import command, console, printable
 from generators.disk import may_write, write_atomically
@@ -108,7 +109,7 @@ def filtered(name: str, pictures: Tensor) -> Tensor:
 class FilterConfig:
     filter: Annotated[Literal["sketch", "paint"], tyro.conf.Positional]  # what is made
     output: Path  # folder, made if need be
-    face_generator: str = "face64"  # that draws the faces: a bundled name or a file
+    face_generator: str = FACE  # that draws the faces: a bundled name or a file
     samples: int = 4_000  # faces of z, truncation 1
     latents: Path | None = None  # file or folder of ws, an encoder's of photos, to draw as well
     codes: int = 4_000  # of these, evenly spread, at most
@@ -159,8 +160,8 @@ def run(config: FilterConfig) -> None:
     write_pairs(config.output, ws, torch.cat(drawn))
 
 
-def write_pairs(folder: Path, ws: Tensor, drawings: Tensor) -> None:
-    """ws (N, L, D) and what each is to give, (N, 3, R, R) in [-1, 1], as two files."""
+def write_pairs(folder: Path, ws: Tensor, drawings: Iterable[Tensor]) -> None:
+    """ws (N, L, D) and what each is to give, N times (3, R, R) in [-1, 1], as two files."""
     from datasets import Features, Image
 
     rows = [{"image": png(picture)} for picture in drawings]

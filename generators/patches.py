@@ -21,6 +21,7 @@ from torch import Tensor
 SIDE = 5  # pixels
 FILTERS, FLAT = 24, 6  # in each window and size, of which so many see nothing but a colour
 SHRUNK = (1, 2, 4)  # by mean
+DENSE = 64  # side of larger pictures of which no more patches are looked at
 # rows and columns, in shares of the side: all, face, hair above it, eyes
 WINDOWS = (
     ((0, 1), (0, 1)),
@@ -43,6 +44,7 @@ def patch_distance(fakes: Tensor, real: Tensor, rng: torch.Generator) -> Tensor:
                 seen = cut(both, window)
                 filters = random_filters(min(SIDE, *seen.shape[-2:]), rng).to(fakes.device)
                 stride = 2 if factor == 1 and len(seen[0, 0]) > 2 * SIDE else 1
+                stride *= max(1, fakes.shape[-1] // DENSE)
                 found = F.conv2d(seen, filters, stride=stride).transpose(0, 1)  # (K, 2 B, h, w)
                 ours, theirs = (half.flatten(1).sort(dim=1).values for half in found.chunk(2, 1))
                 distances.append((ours - theirs).abs().mean())

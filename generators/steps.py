@@ -69,7 +69,7 @@ class GeneratorTraining(Training):
         self.steps = -(-config.images // self.pictures)
         networks = {role: net.to(accelerator.device) for role, net in build(config).items()}
         self.generator = networks["generator"]
-        resolution = getattr(self.generator, "resolution", config.resolution)  # a fine-tuned one's
+        resolution = getattr(self.generator, "resolution", config.side)  # a fine-tuned one's
         self.datasets = [open_dataset(data, size) for data, size in config.sources(resolution)]
         self.prepare(networks)
         self.state = TrainingState(

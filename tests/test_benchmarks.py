@@ -180,7 +180,7 @@ def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "columns"), [(["--across", "2"], 6), (["--blocks"], 6), (["--styles", "paint"], 3)]
+    ("options", "columns"), [(["--across", "2"], 6), (["--blocks"], 7), (["--styles", "paint"], 3)]
 )
 def test_the_sheet_of_examples_has_a_row_of_each_face(options, columns, tmp_path):
     photos = tmp_path / "photos"

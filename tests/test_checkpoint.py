@@ -193,7 +193,7 @@ def test_a_class_says_what_its_files_hold(tmp_path):
 
 def test_resolve(path):
     assert resolve(path) == path and resolve(str(path)) == path
-    with pytest.raises(ValueError, match="face64, anime64, encoder64"):
+    with pytest.raises(ValueError, match=r"face128, anime128, sketch128.*face64, anime64"):
         resolve("face65")
     assert all(file.parent.name == "weights" for file in BUNDLED.values())
 
@@ -220,6 +220,98 @@ def test_pack_replaces_nothing_unasked_and_never_its_source(path, tmp_path, caps
     assert path.read_bytes() == content and "is an input" in capsys.readouterr().err
     assert checkpoint.main([str(path), str(target), "--overwrite"]) == 0
     assert load(target, Generator).config == CONFIG
+
+
+# ------------------------------------------------------------------- files without their base
+
+
+@pytest.fixture
+def base(path, monkeypatch) -> Path:
+    """A bundled model, "base", in half precision as those are."""
+    file = path.with_name("base.safetensors")
+    checkpoint.pack(path, file, {})
+    monkeypatch.setitem(BUNDLED, "base", file)
+    return file
+
+
+@pytest.fixture
+def tuned(base) -> Generator:
+    """A fine-tune of it, of which one block has learnt."""
+    generator = load(base, Generator)
+    with torch.no_grad():
+        generator.synthesis.b8.conv1.weight += 1
+    return generator
+
+
+def test_a_file_leaves_out_what_is_its_base_s(base, tuned, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    save(file, tuned, half=True, base="base")
+    assert [*read_weights(file)] == ["synthesis.b8.conv1.weight"]
+    assert file.stat().st_size < base.stat().st_size / 2
+    loaded = load(file, Generator).state_dict()
+    assert all(torch.equal(loaded[k], v.half().float()) for k, v in tuned.state_dict().items())
+
+
+def test_a_base_has_a_base(tuned, tmp_path, monkeypatch):
+    save(tmp_path / "tuned.safetensors", tuned, half=True, base="base")
+    monkeypatch.setitem(BUNDLED, "tuned", tmp_path / "tuned.safetensors")
+    with torch.no_grad():
+        tuned.mapping.w_avg += 1
+    save(tmp_path / "third.safetensors", tuned, half=True, base="tuned")
+    assert [*read_weights(tmp_path / "third.safetensors")] == ["mapping.w_avg"]
+    loaded = load(tmp_path / "third.safetensors", Generator).state_dict()
+    assert torch.equal(loaded["mapping.w_avg"], tuned.mapping.w_avg.half().float())
+    assert loaded["synthesis.b8.conv1.weight"].mean() > 0.5
+
+
+def test_what_is_all_of_the_base_still_holds_something(base, tmp_path):
+    save(tmp_path / "same.safetensors", load(base, Generator), half=True, base="base")
+    assert len(read_weights(tmp_path / "same.safetensors")) == 1
+    assert load(tmp_path / "same.safetensors", Generator).config == CONFIG
+
+
+def test_pack_leaves_out_too_and_keeps_a_base(base, tuned, tmp_path):
+    whole, small, again = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
+    save(whole, tuned)
+    with pytest.raises(ValueError, match="--base is a bundled name, one of face128"):
+        checkpoint.PackConfig(str(whole), small, base="none")
+    checkpoint.pack(whole, small, {}, base="base")
+    assert len(read_weights(small)) == 1
+    checkpoint.pack(small, again, {"licence": "mine"})
+    assert load(again, Generator).config == CONFIG
+    assert read_metadata(again)["base"]["name"] == "base"
+    with pytest.raises(ValueError, match="has a base already"):
+        checkpoint.pack(small, again, {}, base="base")
+
+
+def test_another_base_is_noticed(base, tuned, path, tmp_path):
+    save(tmp_path / "tuned.safetensors", tuned, half=True, base="base")
+    rewrite(base, lambda tensors, _: tensors["mapping.w_avg"].add_(1))
+    with pytest.raises(ValueError, match="left out was of another base; get it again"):
+        load(tmp_path / "tuned.safetensors", Generator)
+
+
+def test_a_base_is_bundled_and_has_something_in_common(base, tuned, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    save(file, tuned, half=True, base="base")
+    rewrite(file, lambda _, metadata: metadata.update(base='{"name": "/etc/passwd"}'))
+    with pytest.raises(ValueError, match="is based on /etc/passwd, which is no bundled model"):
+        load(file, Generator)
+    rewrite(file, lambda _, metadata: metadata.update(base='{"name": ["base"]}'))
+    with pytest.raises(ValueError, match="which is no bundled model"):
+        load(file, Generator)
+    rewrite(file, lambda _, metadata: metadata.update(base="[]"))
+    with pytest.raises(ValueError, match="metadata is damaged"):
+        load(file, Generator)
+    with pytest.raises(ValueError, match="no weight is one of base; leave the base out"):
+        save(file, SuperResolution(SuperResolutionConfig(4, 1)), base="base")
+
+
+def test_a_file_is_not_its_own_base(base, tuned, monkeypatch):
+    save(base.with_name("loop.safetensors"), tuned, half=True, base="base")
+    monkeypatch.setitem(BUNDLED, "base", base.with_name("loop.safetensors"))
+    with pytest.raises(ValueError, match="no bundled model"):
+        load(BUNDLED["base"], Generator)
 
 
 # ------------------------------------------------------- configs and files not to be trusted

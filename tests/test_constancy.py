@@ -68,6 +68,12 @@ def test_the_distance_by_hand_and_its_gradient():
     torch.testing.assert_close(constancy(f, 5 * photos.detach(), photos), torch.zeros(1))
 
 
+def test_a_file_on_a_base_has_its_backbone():
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    grown, base = (feature_network(f"encoder{side}", None, (2,))(images) for side in (128, 64))
+    assert torch.equal(grown[0], base[0]) and grown[0].abs().max() > 0
+
+
 def test_an_encoders_backbone_is_the_network(tmp_path):
     shape = EncoderConfig("tf_efficientnet_lite0", num_ws=6, w_dim=8, width=16, heads=2, depth=1)
     encoder = Encoder(shape)

@@ -13,8 +13,10 @@ from test_train_gan import config, metrics, same  # noqa: F401
 from generators import filters, train
 from generators.checkpoint import load, save
 from generators.data import open_dataset
+from generators.gan import StyleGan2Training
 from generators.images import to_float
 from generators.latents import read_ws, write_latents
+from generators.loop import make_accelerator
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, SuperResolutionConfig
 
@@ -99,6 +101,36 @@ def test_paired_training_learns_the_drawings_and_resumes_exactly(config, pairs, 
     train.train(replace(again, images=80), cpu=True)
     train.train(again, cpu=True)
     assert metrics(again.output)[-1] == lines[-1]
+
+
+def test_a_share_is_paired_and_the_rest_are_samples(config, pairs, tmp_path):  # noqa: F811
+    config = replace(
+        config, data=str(pairs / filters.DRAWINGS), latents=pairs / filters.LATENTS, batch_size=4,
+        init=str(tmp_path / "face.safetensors"), freeze_generator_below=8, paired_weight=1.0,
+        reconstruction_weight=0, adversarial_weight=1.0, paired_share=0.5,
+    )  # fmt: skip
+    accelerator = make_accelerator(config, cpu=True)
+    training = StyleGan2Training(config, accelerator)
+    sides: list[tuple[int, ...]] = []
+    difference = training.difference
+
+    def watched(real, made):
+        sides.append((*real.shape, *made.shape))
+        return difference(real, made)
+
+    training.difference = watched
+    draw = training.draw(0)
+    logs, _ = training.generator_step(draw, 0, 1.0)
+    assert sides == [(2, 3, 16, 16, 2, 3, 16, 16)] and {"l1", "g"} <= logs.keys()
+    draw = training.draw(0)
+    _, ws, chosen = training.synthesise(draw.z(training.generator), draw)
+    assert len(chosen) == 2 and torch.equal(ws[2:], training.latents[chosen])
+    assert not torch.equal(ws[0], ws[1])  # samples
+    training.config = replace(config, paired_share=0.01)
+    assert len(training.synthesise(draw.z(training.generator), draw)[2]) == 1  # never none
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match="paired-share"):
+            replace(config, paired_share=wrong)
 
 
 def test_what_does_not_pair_is_refused(config, pairs, tmp_path):  # noqa: F811

@@ -5,6 +5,7 @@ pytest tests/test_patches.py
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from generators.patches import WINDOWS, cut, patch_distance, random_filters
 
@@ -48,6 +49,15 @@ def test_the_same_colours_in_other_places_are_seen():
     upright[:, :, 11:] = 0.8  # hair above 11 / 32
     turned = upright.flip(2)
     assert patch_distance(turned, upright, rng()) > 0.1
+
+
+def test_large_pictures_have_no_more_patches(drawings):
+    large, small = (torch.rand(2, 3, side, side) for side in (256, 64))
+    with FlopCounterMode(display=False) as of_large:
+        patch_distance(large, large.flip(2), rng())
+    with FlopCounterMode(display=False) as of_small:
+        patch_distance(small, small.flip(2), rng())
+    assert of_large.get_total_flops() < 1.5 * of_small.get_total_flops()
 
 
 def test_it_leads_pale_pictures_to_the_colours_of_others(drawings):

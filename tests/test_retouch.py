@@ -1,11 +1,14 @@
-"""Retouched drawings: halves, colours, lines; and a style that learns them beside real drawings.
+"""Retouched drawings: halves, colours, ink, mouths; a style that learns them.
 
 pytest tests/test_retouch.py
 """
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pictures import photo
@@ -13,16 +16,20 @@ from test_train_gan import config, metrics, same  # noqa: F401
 
 from encoder import retouch
 from encoder.model import Encoder, EncoderConfig
+from encoder.mouths import Mouths, mouths_of, place_of, with_mouths
 from generators import train
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, save
 from generators.data import first_pictures, open_dataset
 from generators.filters import DRAWINGS, LATENTS
-from generators.images import resize, to_float
+from generators.images import open_image, resize, to_float
 from generators.latents import read_ws
 from generators.stylegan2 import Generator
+from generators.superres import SuperResolution, SuperResolutionConfig
 
-PLAIN = ("--hair=0", "--ground=0", "--strangers=0", "--sharpen=0")
+ASIDE = ("--hair=0", "--ground=0", "--sharpen=0", "--flatten=0", "--no-mouths",
+         "--emphasis=0")  # fmt: skip
+PLAIN = (*ASIDE, "--strangers=0")
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def looked_at(models: Path) -> tuple[torch.Tensor, Encoder, SwappedSynthesis]:
 
 
 def test_strangers_give_the_w_of_the_blocks_that_draw(models, face):
-    assert made(models, *PLAIN[:2], PLAIN[3], "--strangers=0.5") == 0
+    assert made(models, *ASIDE, "--strangers=0.5") == 0
     ws = read_ws(models / "pairs" / LATENTS, face)[::2]
     photos, encoder, draws = looked_at(models)
     with torch.no_grad():
@@ -150,9 +157,108 @@ def test_sharpening_makes_edges_steeper_and_leaves_plain_areas():
     assert (retouch.sharpened(drawn, 0) == drawn).all()
 
 
+def test_flattening_joins_like_colours_and_keeps_edges():
+    drawn = head(0.1, 0.9, 0.8)
+    rough = drawn + 0.04 * torch.randn(drawn.shape, generator=torch.Generator().manual_seed(2))
+    flat = retouch.flattened(rough, 4)
+    assert flat[..., 8:12, 28:36].std() < 0.4 * rough[..., 8:12, 28:36].std()
+    assert float((flat[MOUTH] - drawn[MOUTH]).abs().max()) < 0.1
+    steep = [float(x.diff(dim=-1).abs().max()) for x in (drawn, flat)]
+    assert steep[1] > 0.8 * steep[0]
+    assert retouch.flattened(rough, 0) is rough
+
+
+def test_drawings_are_enlarged_by_super_resolution(models, face):
+    network = SuperResolution(SuperResolutionConfig(width=4, blocks=1))
+    save(models / "superres.safetensors", network)
+    larger = ("--size=32", f"--superres={models / 'superres.safetensors'}")
+    assert made(models, *PLAIN, "--overwrite") == 0
+    small = to_float(open_dataset(models / "pairs" / DRAWINGS, 16).pictures)
+    assert made(models, *PLAIN, *larger, "--overwrite") == 0
+    stored = pq.read_table(models / "pairs" / DRAWINGS)["image"][0].as_py()["bytes"]
+    assert open_image(stored).size == (32, 32)
+    large = open_dataset(models / "pairs" / DRAWINGS, 32)
+    assert (resize(to_float(large.pictures), 16, "area") - small).abs().mean() < 0.1
+
+
+# ------------------------------------------------------------------------------ mouths
+
+
+class Onet:
+    """In place of MTCNN's last network: corners of the mouth so far apart, and a score."""
+
+    def __init__(self, apart: list[float], scores: list[float]) -> None:
+        self.apart, self.scores = apart, scores
+
+    def __call__(self, looks):
+        # in parts of what is cut out, 0.72 of the side from 0.14, 0.2 on: the mouth is at 0.66
+        points = torch.zeros(len(looks), 10)
+        for i, apart in enumerate(self.apart):
+            half = 0.125 * apart / 0.72  # the eyes are 1 / 4 of the side apart
+            points[i, :5] = torch.tensor([0.326, 0.674, 0.5, 0.5 - half, 0.5 + half])
+            points[i, 5:] = torch.tensor([0.3, 0.3, 0.5, 0.639, 0.639])
+        return None, points, torch.tensor([[1 - s, s] for s in self.scores])
+
+
+def aligner_of(apart: list[float], scores: list[float]) -> Any:
+    mtcnn = SimpleNamespace(onet=Onet(apart, scores), device="cpu")
+    return SimpleNamespace(mtcnn=mtcnn)
+
+
+def smiling(teeth: bool) -> torch.Tensor:
+    """(1, 3, 128, 128): skin, red lips at 0.66 of the height, teeth between them or not."""
+    picture = torch.tensor([0.6, 0.2, 0.0]).view(1, 3, 1, 1).expand(1, 3, 128, 128).clone()
+    lips = torch.tensor([0.1, -0.6, -0.5]).view(1, 3, 1, 1)
+    picture[..., 80:91, 40:88] = lips
+    if teeth:
+        picture[..., 83:88, 44:84] = 0.8
+    return picture
+
+
+def test_a_mouth_is_as_wide_as_its_corners_and_open_where_teeth_show():
+    photos = torch.cat([smiling(True), smiling(False), smiling(True), smiling(True)])
+    found = mouths_of(photos, aligner_of([1.1, 1.1, 0.8, 1.1], [1, 1, 1, 0.5]))
+    assert found.found.tolist() == [True, True, True, False]
+    assert found.wide[:3].tolist() == pytest.approx([0.875, 0.875, 0.125], abs=0.02)
+    assert found.open[0] > 0.9 and found.open[1] < 0.05
+    assert found.open[2] < 0.1  # as narrow as that none smiles
+    darker = mouths_of(0.4 * photos - 0.6, aligner_of([1.1] * 4, [1] * 4))
+    assert darker.open[0] > 0.5 > 0.1 > darker.open[1]
+
+
+def test_mouths_are_drawn_where_the_drawing_has_its_own():
+    drawings = resize(head(0.1, 0.9, 0.8), 128).repeat(4, 1, 1, 1)
+    drawings[:, :, 90:94, 56:72] = 0.8  # no mouth where `head` has it
+    drawings[:, :, 80:83, 61:67] = -0.6  # but where a style draws it
+    values = torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    made = with_mouths(drawings, Mouths(*values, torch.tensor([True, True, True, False])))
+    assert torch.equal(made[3], drawings[3])
+    ink = (made[:3].mean(dim=1) < -0.2).float().flatten(1).sum(dim=1)
+    own = (drawings[:1].mean(dim=1) < -0.2).float().sum()
+    assert own < ink[0] + own and ink[0] < ink[1] < ink[2]
+    changed = (made[:3] - drawings[:3]).abs().amax(dim=1) > 0.02
+    assert not changed[:, :66].any() and not changed[:, 100:].any()  # eyes and chin stay
+    inside = made[2, :, 82:86, 62:66].mean(dim=(1, 2))
+    assert inside[0] - inside[1] > 0.4  # red
+    torch.testing.assert_close(
+        with_mouths(drawings.flip(-1), Mouths(*values, torch.tensor([True] * 4)))[:3],
+        made[:3].flip(-1), atol=1e-4, rtol=0,
+    )  # fmt: skip
+
+
+def test_a_mouth_is_found_where_it_is_darker_than_what_is_around():
+    drawings = torch.full((2, 3, 64, 64), 0.8)
+    drawings[0, :, 40:42, 34:37] = -0.5
+    drawings[1, :, 39:41, 26:29] = -0.5
+    x, y = place_of(drawings)
+    assert x.tolist() == pytest.approx([35.5, 27.5], abs=0.7)
+    assert y.tolist() == pytest.approx([41, 40], abs=0.7)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
-    [("--hair=1.5", "a number from 0 to 1"), ("--strangers=2", "a number from 0 to 1"),
+    [("--size=0", "size"), ("--flatten=-1", "flatten"), ("--hair=1.5", "a number from 0 to 1"),
+     ("--strangers=2", "a number from 0 to 1"),
      ("--ground=-1", "ground"), ("--sharpen=nan", "sharpen"), ("--images=0", "images")],
 )  # fmt: skip
 def test_a_share_is_one(models, option, said, capsys):

@@ -17,6 +17,7 @@ from encoder.options import InferConfig, endings_of, styles_of
 from encoder.pipeline import Translator
 from generators import tails
 from generators.blocks import SwappedSynthesis, swap
+from generators.bundled import companion
 from generators.checkpoint import load, read_metadata, save
 from generators.stylegan2 import Generator
 from generators.tails import Tail, load_style, tail_of
@@ -126,15 +127,32 @@ def test_a_tail_goes_on_a_trunk_that_has_learnt_on(face, anime, ws, tmp_path, ca
 
 
 def test_names_of_styles():
-    assert styles_of("anime,sketch64, paint") == {
+    assert styles_of("anime,sketch64, paint", "face64") == {
         "anime": "anime64", "sketch": "sketch64", "paint": "paint64"
     }  # fmt: skip
-    assert styles_of("ink=a/b=c.safetensors,anime", "own.safetensors") == {
+    assert styles_of("ink=a/b=c.safetensors,anime", anime_generator="own.safetensors") == {
         "ink": "a/b=c.safetensors", "anime": "own.safetensors"
     }  # fmt: skip
+    assert styles_of("anime,paint") == {"anime": "anime128", "paint": "paint128"}
+    assert styles_of("anime", "mine.safetensors") == styles_of("anime")  # which will not fit it
     assert endings_of({"anime": ".png", "grid": "_grid.png"}, ["anime", "ink"]) == {
         "anime": ".png", "ink": "_ink.png", "grid": "_grid.png"
     }  # fmt: skip
+
+
+def test_a_family_goes_with_its_face_generator():
+    small = InferConfig(input="a", output="b", face_generator="face64", styles="anime,sketch")
+    assert (small.anime_generator, small.encoder) == ("anime64", "encoder64")
+    assert small.styles_of(small.styles) == {"anime": "anime64", "sketch": "sketch64"}
+    large = InferConfig(input="a", output="b", encoder="mine.safetensors")
+    assert (large.anime_generator, large.encoder) == ("anime128", "mine.safetensors")
+    assert companion("face64", "curvature") == "curvature64"
+    assert companion("mine.safetensors", "encoder") is None and companion("face64", "pose") is None
+    with pytest.raises(ValueError, match="detect-every"):  # its other options are checked, too
+        InferConfig(input="a", output="b", detect_every=0)
+
+
+def test_names_of_styles_that_are_wrong():
     for wrong, why in {
         "oil": "There is no style oil; choose from anime, sketch, paint, or give NAME=FILE",
         "": "no style without a name", "anime,": "no style without", "a/b=c": "letters and digits",

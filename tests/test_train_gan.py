@@ -130,10 +130,13 @@ def test_frozen_blocks_stay_as_they_were(config):
 def test_a_fine_tune_takes_its_generators_resolution(config, tmp_path):
     train.train(config, cpu=True)
     init = str(config.output / "generator.safetensors")
-    again = replace(config, init=init, resolution=64, output=tmp_path / "fine", images=12)
+    again = replace(config, init=init, resolution=None, output=tmp_path / "fine", images=12)
     train.train(again, cpu=True)
     assert load(again.output / "generator.safetensors", Generator).resolution == 16
     assert metrics(again.output)[-1]["d"] > 0
+    grown = replace(again, resolution=32, output=tmp_path / "grown")
+    train.train(grown, cpu=True)
+    assert load(grown.output / "generator.safetensors", Generator).resolution == 32
 
 
 def test_a_fine_tune_of_another_kind_of_network_is_refused(config, tmp_path):
