@@ -6,7 +6,7 @@ python benchmarks/examples_sheet.py examples/ benchmarks/results/styles.jpg \\
     --styles anime,sketch,paint --size 160
 python benchmarks/examples_sheet.py examples/ blocks.png --blocks
 python benchmarks/examples_sheet.py ffhq/test.parquet benchmarks/results/drawings.jpg \\
-    --alone 64 --across 16 --size 64
+    --alone 64 --across 16 --size 96
 """
 
 import sys

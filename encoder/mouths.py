@@ -33,7 +33,7 @@ SMILES = (0.9, 0.04)  # a mouth with teeth is this wide; softness
 PLACE, AROUND = (32.0, 40.5), (9.0, 3.0)  # where the style draws its mouth, and how far from there
 WIPED = (5.0, 3.2)  # half axes of what is wiped out
 HALF_WIDTH, LIFT, DEPTH = (2.6, 5.2), (0.2, 1.8), 3.4  # narrowest and widest; of the opening
-LINE = 0.55
+LINE = 0.55  # half width of a line
 INK, INSIDE = (-0.25, -0.75, -0.75), (0.55, -0.35, -0.35)
 
 
