@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from encoder.metrics import LUMA, FaceEmbedder, Lpips, Metric, image_metrics
+from encoder.options import belonging
 from encoder.pipeline import clock
 from generators.command import command, console, parse_device, worker_processes
 from generators.disk import may_write, write_atomically
@@ -39,6 +40,8 @@ from generators.stylegan2 import GeneratorConfig
 
 T = TypeVar("T")
 LIBRARIES = ["torch", "timm", "facenet_pytorch", "accelerate", "tyro", "encoder.train"]
+FAMILY = {"anime_generator": "anime", "encoder": "encoder", "curvature": "curvature",
+          "directions": "directions"}  # options, and the kind of their networks  # fmt: skip
 SPEED = {"p50 ms": "p50_ms", "p95 ms": "p95_ms", "images/s": "images_per_second",
          "peak MB": "peak_memory_mb"}  # columns of a table, and what a row calls them  # fmt: skip
 MEMORY = (
@@ -51,7 +54,7 @@ MEMORY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """The options of every benchmark."""
+    """The options of every benchmark. Networks that are "auto" belong to the face generator."""
 
     output: Path | None = None  # JSON with the figures and the command
     overwrite: bool = False  # replace what is in the way of what is written
@@ -65,6 +68,9 @@ class Benchmark:
                 raise ValueError(f"--{name.replace('_', '-')} is {count}; give 1 or more.")
         if getattr(self, "threads", 0) < 0:
             raise ValueError("--threads is 0 or more.")
+        for name, kind in FAMILY.items():
+            if getattr(self, name, None) == "auto":
+                object.__setattr__(self, name, belonging(self.face_generator, kind))
         for name in ("output", "csv", "plot", "picture"):
             if (path := getattr(self, name, None)) is not None:
                 may_write(path, self.overwrite)

@@ -42,10 +42,10 @@ QUICK = {"images": 2}
 class Config(Benchmark):
     data: str  # aligned faces that nothing was trained on: a folder or parquet
     images: int = 48
-    directions: str = "directions128"
+    directions: str = "auto"
     face_generator: str = "face128"
-    anime_generator: str = "anime128"  # of the sheet
-    encoder: str = "encoder128"
+    anime_generator: str = "auto"  # of the sheet
+    encoder: str = "auto"
     people: str | None = None  # aligned faces of the sheet; None: the first three of the data
     shown: tuple[str, ...] = ("yaw", "smile", "hair-light", "hair-warm")  # on the sheet
     picture: Path | None = None  # the sheet, .png

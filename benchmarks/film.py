@@ -36,11 +36,11 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from encoder import track as tracking
 from encoder.align import Face
 from encoder.geometry import compose, invert, warp
 from encoder.pipeline import Translator
-from encoder.track import OneEuro, Tracker
+from encoder.video import track as tracking
+from encoder.video.track import OneEuro, Tracker
 from generators.command import console
 from generators.disk import may_write, write_atomically
 from generators.images import labelled, open_image, resize, to_pil

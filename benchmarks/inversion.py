@@ -79,8 +79,8 @@ class Config(Benchmark):
     data: str  # held-out aligned faces
     images: int = 50  # evenly spread
     face_generator: str = "face128"
-    encoder: str = "encoder128"
-    curvature: str | None = "curvature128"  # the generator's, of L-BFGS; None: without
+    encoder: str = "auto"
+    curvature: str | None = "auto"  # the generator's, of L-BFGS; None: without
     steps: tuple[int, ...] = (10, 25, 50, 100, 250)  # of search after the encoder
     refiners: tuple[Literal["lbfgs", "adam"], ...] = ("lbfgs",)  # that search after the encoder
     optimisation_steps: tuple[int, ...] = (100, 250, 500, 1000)  # of Adam without the encoder
@@ -96,7 +96,7 @@ class Config(Benchmark):
     id_weights: Path | None = None  # FaceNet's, of the column id: 1 - cosine; None: no such column
     anime_data: str | None = None  # drawn faces; with them, each method's anime picture is judged
     anime_images: int = 2000  # drawn faces, evenly spread, at most
-    anime_generator: str = "anime128"
+    anime_generator: str = "auto"
     swap_resolution: int = 16  # its first block
     anime_space: str = "efficientnet"  # of KID; NAME or NAME=WEIGHTS of generators.distances
     batch_size: int = 8

@@ -94,8 +94,8 @@ class Config(Benchmark):
     repeats: int = 20  # timed calls of each row, after two of warm-up
     pictures: Path = EXAMPLES  # photos of faces; those without one are left out
     face_generator: str = "face128"  # with the next two: the trained networks
-    anime_generator: str = "anime128"
-    encoder: str = "encoder128"
+    anime_generator: str = "auto"
+    encoder: str = "auto"
     channel_base: int | None = None  # of the random generators; None: the face generator's
     channel_max: int | None = None
 

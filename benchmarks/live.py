@@ -38,7 +38,7 @@ from PIL import Image
 from rich.progress import track as bar
 
 from encoder.pipeline import Translator
-from encoder.track import Tracker
+from encoder.video.track import Tracker
 from generators.command import console
 from generators.images import open_image, to_pil
 

@@ -27,8 +27,9 @@ from clip import Clip
 from common import Benchmark, benchmark
 from PIL import Image
 
-from encoder import live, web
-from encoder.server import application, server_of
+from encoder import web
+from encoder.live import command as live
+from encoder.live.server import application, server_of
 from generators.disk import may_write, write_atomically
 from generators.images import open_image
 

@@ -50,8 +50,8 @@ class Config(Benchmark):
     images: int = 200  # people, and drawings
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0)
     face_generator: str = "face128"
-    anime_generator: str = "anime128"
-    encoder: str = "encoder128"
+    anime_generator: str = "auto"
+    encoder: str = "auto"
     detector_cascade: Path | None = None  # OpenCV's .xml for drawn faces: lbpcascade_animeface
     batch_size: int = 25
     device: str = "cpu"

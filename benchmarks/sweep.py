@@ -47,7 +47,7 @@ class Config(Benchmark):
     data: str  # held-out aligned faces
     images: int = 24  # evenly spread
     face_generator: str = "face128"
-    curvature: str | None = "curvature128"  # its own, for L-BFGS in w and w+; None: without
+    curvature: str | None = "auto"  # its own, for L-BFGS in w and w+; None: without
     dcgan: Path | None = None  # a DCGAN of the same resolution; None: no such rows
     alphas: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # from 0 to 1
     spaces: tuple[Space, ...] = ("z", "w", "w+")  # of the StyleGAN2

@@ -47,6 +47,7 @@ from drawn import Judge, detected, hair_colours
 from torch import Tensor
 
 from encoder.model import Encoder
+from encoder.options import belonging
 from encoder.pipeline import Translator
 from encoder.search import Search, optimise_latent
 from generators.checkpoint import load, resolve
@@ -85,8 +86,9 @@ class Config(Benchmark):
     images: int = 200  # people, evenly spread
     anime_images: int = 2000  # drawn faces, evenly spread, at most
     face_generator: str = "face128"
-    encoder: str = "encoder128"
-    anime: tuple[str, ...] = ("anime128",)  # bundled name or NAME=PATH; @R: swapped from R only
+    encoder: str = "auto"
+    # bundled name or NAME=PATH; @R: swapped from R only; auto: that of the face generator
+    anime: tuple[str, ...] = ("auto",)
     swap_resolutions: tuple[int, ...] = (64, 32, 16, 8)  # of fine-tunes without @R
     refine_steps: tuple[int, ...] = (0,)  # of the latents, after the encoder
     search_steps: tuple[int, ...] = ()  # rows without the encoder: L-BFGS in w+ from the mean face
@@ -140,6 +142,7 @@ def fine_tunes(config: Config) -> list[FineTune]:
         if match is None:
             raise ValueError(f"--anime {spec!r} is not NAME=PATH or NAME=PATH@RESOLUTION")
         name, path, resolution = match.groups()
+        path = belonging(config.face_generator, "anime") if path == "auto" else path
         swaps = (int(resolution),) if resolution else config.swap_resolutions
         result.append(FineTune(name or Path(path).stem, resolve(path), swaps))
     return result

@@ -13,13 +13,13 @@ from generators.command import console, printable
 
 COMMANDS = {
     "infer": ("encoder.infer", "photos to anime faces: a picture, a folder, a glob"),
-    "live": ("encoder.live", "a page for the camera: your face as a drawing, in real time"),
+    "live": ("encoder.live.command", "a page for the camera: your face as a drawing, in real time"),
     "invert": ("encoder.invert", "search the latents of pictures"),
     "edit": ("encoder.edit", "directions of a face to move along, and the styles of people mixed"),
     "recipes": ("encoder.recipes", "two generators together: cross-domain, concatenate, films"),
     "train-encoder": ("encoder.train", "train an encoder for a generator"),
     "one-w": ("encoder.one_w", "give a generator a w that holds all that an encoder finds"),
-    "retouch": ("encoder.retouch", "draw photos and put the drawings right, for a style to learn"),
+    "retouch": ("encoder.retouch.drawings", "photos drawn, and put right, for a style to learn"),
     "train-generator": ("generators.train", "train or fine-tune a generator, or super-resolution"),
     "cyclegan": ("generators.cyclegan", "faces to drawings by a CycleGAN: the baseline"),
     "prepare": ("encoder.prepare.dataset", "raw pictures to a data set of aligned faces"),

@@ -76,6 +76,12 @@ def measure(images: Tensor, aligner: Aligner) -> dict[str, Tensor]:
     return {name: torch.where(scores >= FOUND, value, math.nan) for name, value in values.items()}
 
 
+def median_colour(images: Tensor, place: tuple[int, int, int, int]) -> Tensor:
+    """(B, 3, R, R) -> (B, 3, 1, 1), of rows and columns in 64ths."""
+    top, bottom, left, right = (round(edge * images.shape[-1] / 64) for edge in place)
+    return images[:, :, top:bottom, left:right].flatten(2).median(dim=2).values[:, :, None, None]
+
+
 def points_of(images: Tensor, aligner: Aligner) -> tuple[Tensor, Tensor]:
     """Of FFHQ crops (B, 3, S, S) in [-1, 1] the five points (B, 5, 2), in parts of the side, and
     the scores (B): MTCNN's last network alone, as the face's place in a crop is known."""

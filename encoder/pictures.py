@@ -17,7 +17,6 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from encoder import video
 from encoder.align import Aligner
 from encoder.directions import load_directions
 from encoder.engines import engine_of
@@ -33,6 +32,7 @@ from encoder.options import (
 )
 from encoder.pipeline import Translator, clock
 from encoder.reference import References
+from encoder.video import translate as video
 from generators import checkpoint
 from generators.command import console, parse_device, printable
 from generators.curvature import curvature_of

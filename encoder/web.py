@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.browser import write_networks
+from encoder.live import PAGE
 from encoder.model import Encoder
 from encoder.options import Models
 from generators.checkpoint import load, read_metadata, resolve
@@ -38,7 +39,6 @@ from generators.stylegan2 import Generator
 from generators.tails import load_styles
 from generators.threads import use_threads
 
-PAGE = Path(__file__).parent / "page"
 SOCKET = 'data-engine="socket"'  # in index.html; here it is "device"
 CHARSET = '<meta charset="utf-8">'  # after it comes the policy
 NOT_HERE = {"engine-socket.js"}  # of the page's files

@@ -67,6 +67,7 @@ W_AVG_DECAY = 0.995  # per step, of the running mean of w
 ADA_INTERVAL = 4  # steps between the controller's decisions (Karras et al. 2020 ADA, section 3.1)
 SHEET = 36  # samples
 PALETTE_DRAWINGS = 2000  # whose colours are measured
+FOCUS = (0.36, 0.70, 0.25, 0.75)  # rows and columns of eyes and mouth, in parts of the side
 
 
 class AdversarialTraining(GeneratorTraining):
@@ -390,8 +391,12 @@ class StyleGan2Training(AdversarialTraining):
     def difference(self, real: Tensor, made: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """How much pictures (B, 3, R, R) differ: the terms, and their weighted sum."""
         config = self.config
-        terms = {"l1": (real - made).abs().mean()}
+        error = (real - made).abs()
+        terms = {"l1": error.mean()}
         total = config.l1_weight * terms["l1"]
+        if config.focus != 1:
+            focus = middle(error, config.focus)
+            total = config.l1_weight * (focus * error).mean() / focus.mean()
         if self.perceptual is not None:
             with torch.no_grad():
                 wanted = self.perceptual(real)
@@ -455,6 +460,16 @@ class StyleGan2Training(AdversarialTraining):
         penalty = r1_penalty(self.discriminator(picture), picture).mean()
         self.accelerator.backward(penalty * self.config.r1_gamma * R1_INTERVAL)
         return {"r1": penalty}
+
+
+def middle(images: Tensor, weight: float) -> Tensor:
+    """(R, R), of pictures (B, 3, R, R): the weight where an FFHQ crop has eyes or mouth, else 1."""
+    rows, columns = (
+        [round(edge * images.shape[-1]) for edge in edges] for edges in (FOCUS[:2], FOCUS[2:])
+    )
+    weights = images.new_ones(images.shape[-2:])
+    weights[slice(*rows), slice(*columns)] = weight
+    return weights
 
 
 def paired_pictures(data: Pictures, latents: int, config: StyleGan2Options) -> Tensor:

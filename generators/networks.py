@@ -155,6 +155,7 @@ class StyleGan2Options(AdversarialOptions):
     warmup_lr: float = 2e-3  # of the generator until then; afterwards it is generator_lr
     reconstruction_images: int | None = None  # pictures of reconstruction; None: to the end
     l1_weight: float = 2.0  # of the mean absolute error in the reconstruction's loss
+    focus: float = 1.0  # there, of the eyes and the mouth of an FFHQ crop, in place of 1
     perceptual_weight: float = 0.6  # of the distance in the perceptual network, there
     kl_weight: float = 2e-3  # of the codes' distance to the prior, in nats, there
 
@@ -173,7 +174,7 @@ class StyleGan2Options(AdversarialOptions):
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
             "of 0 or more": (*lengths, *weights, *others),
-            "above 0": ("warmup_lr", "style_limit", "paired_share"),
+            "above 0": ("warmup_lr", "style_limit", "paired_share", "focus"),
             "from 0 to 1": ("style_mixing", "paired_share"),
         }
         check_numbers(self, ranges)

@@ -11,12 +11,14 @@ from typing import Any
 import common
 import examples_sheet
 import generator
+import inversion
 import latency
 import pytest
 import quality
 import superres
 import torch
 import training_speed
+import translation
 from processes import code_of
 
 from encoder.model import Encoder, EncoderConfig
@@ -60,6 +62,20 @@ def check(row: dict, images: int, imports: float) -> None:
     rate = 1000 * images / row["p50_ms"]
     assert row["images_per_second"] == pytest.approx(rate, rel=0.01, abs=0.006)
     assert imports < row["peak_memory_mb"] < imports + 2000  # MB
+
+
+# --------------------------------------------------------------------------------- family
+
+
+def test_a_face_generator_brings_its_family_along():
+    for face, size in (({}, 128), ({"face_generator": "face64"}, 64)):
+        config = inversion.Config(data="faces", **face)
+        found = config.face_generator, config.encoder, config.curvature, config.anime_generator
+        assert found == tuple(f"{kind}{size}" for kind in ("face", "encoder", "curvature", "anime"))
+        tunes = translation.fine_tunes(translation.Config(data="faces", anime_data="", **face))
+        assert [tune.name for tune in tunes] == [f"anime{size}"]
+    own = inversion.Config(data="faces", face_generator="face64", encoder="mine.safetensors")
+    assert (own.encoder, own.curvature) == ("mine.safetensors", "curvature64")
 
 
 # ------------------------------------------------------------------------------ stopwatch

@@ -177,5 +177,5 @@ def test_the_map_names_the_modules_that_are_there():
     parts = re.split(r"\n    (encoder|generators|benchmarks)/", page)
     for package, part in zip(parts[1::2], parts[2::2], strict=True):
         named = set(re.findall(r"(\w+)\.py", part))
-        there = {file.stem for file in (ROOT / package).glob("*.py")} - {"__init__"}
+        there = {file.stem for file in (ROOT / package).rglob("*.py")} - {"__init__"}
         assert package == "benchmarks" or named == there

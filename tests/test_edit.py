@@ -30,8 +30,8 @@ from encoder.directions import (
 )
 from encoder.options import Edit, edits_of
 from encoder.pipeline import Translator
-from encoder.shots import shots_of_latents
-from encoder.trace import TraceWriter
+from encoder.video.shots import shots_of_latents
+from encoder.video.trace import TraceWriter
 from generators.checkpoint import load, resolve, save
 from generators.images import to_pil
 from generators.stylegan2 import Generator

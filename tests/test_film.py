@@ -99,7 +99,7 @@ def test_live_draws_each_face_of_a_frame(face, anime, tmp_path):
     from encoder.align import Aligner
     from encoder.model import Encoder, EncoderConfig
     from encoder.pipeline import Translator
-    from encoder.track import Tracker
+    from encoder.video.track import Tracker
 
     shape = EncoderConfig(resolution=16, num_ws=6, w_dim=8, width=16, depth=1)
     translator = Translator(face, anime, Encoder(shape), swap_resolution=8, aligner=Aligner())

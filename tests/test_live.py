@@ -29,12 +29,12 @@ pytest.importorskip("uvicorn")
 sync = pytest.importorskip("websockets.sync.client")
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
-from encoder import live  # noqa: E402
 from encoder.align import Aligner  # noqa: E402
-from encoder.artist import MOST_BYTES, MOST_PIXELS, Artist, pack, unpack  # noqa: E402
+from encoder.live import command as live  # noqa: E402
+from encoder.live.artist import MOST_BYTES, MOST_PIXELS, Artist, pack, unpack  # noqa: E402
+from encoder.live.server import PAGE, Rate, application, server_of  # noqa: E402
+from encoder.live.turns import Turns  # noqa: E402
 from encoder.pipeline import Translator  # noqa: E402
-from encoder.server import PAGE, Rate, application, server_of  # noqa: E402
-from encoder.turns import Turns  # noqa: E402
 from generators.blocks import swap  # noqa: E402
 from generators.checkpoint import save  # noqa: E402
 from generators.images import to_pil  # noqa: E402
@@ -144,7 +144,7 @@ def test_the_page_and_its_headers(serve, artist):
         assert "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
-    assert served.http("GET", "/../live.py")[0] == 404
+    assert served.http("GET", "/../server.py")[0] == 404
     assert served.http("GET", "/docs")[0] == 404
 
 

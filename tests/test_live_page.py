@@ -21,7 +21,7 @@ from test_infer import make_encoder
 from test_live import Served, difference, png
 
 from encoder.align import Aligner
-from encoder.artist import Artist, Sitter, unpack
+from encoder.live.artist import Artist, Sitter, unpack
 from encoder.pipeline import Translator
 from generators.images import open_image, to_pil
 

@@ -351,22 +351,31 @@ def test_two_processes_resume_exactly(training, world, tmp_path):
 
 def test_a_dead_process_ends_the_other_with_a_sentence(world, tmp_path):
     argv = kill.arguments("encoder", world, tmp_path / "run", steps=100_000)
-    patient = ["--monitor-interval", "5"]  # seconds; else the launcher may end the other one first
     launched = subprocess.Popen(
-        [*LAUNCH, *patient, str(ROOT / "train_encoder.py"), *argv],
+        [*LAUNCH, str(ROOT / "train_encoder.py"), *argv],
         env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.kill(process_of_rank(1, launched.pid), signal.SIGKILL)
+        first, second = (process_of_rank(rank, launched.pid) for rank in (0, 1))
+        launched.send_signal(signal.SIGSTOP)  # it ends the other one, too, and may be the first to
+        os.kill(second, signal.SIGKILL)
         killed = time.monotonic()
+        while not ended(first) and time.monotonic() - killed < 60:
+            time.sleep(0.1)
+        assert time.monotonic() - killed < 60
+        launched.send_signal(signal.SIGCONT)
         _, said = launched.communicate(timeout=60)
     finally:
         launched.kill()
-    assert time.monotonic() - killed < 60
     assert "Another process of this training has ended, so this one ends too" in said
+
+
+def ended(process: int) -> bool:
+    """Of a child that nobody has waited for yet."""
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def process_of_rank(rank: int, parent: int) -> int:

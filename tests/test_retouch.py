@@ -1,4 +1,4 @@
-"""Retouched drawings: halves, colours, ink, mouths; a style that learns them.
+"""Retouched drawings: halves, colours, ink, eyes, mouths; a style that learns them.
 
 pytest tests/test_retouch.py
 """
@@ -14,10 +14,12 @@ import torch
 from pictures import photo
 from test_train_gan import config, metrics, same  # noqa: F401
 
-from encoder import retouch
+from encoder.attributes import points_of
 from encoder.model import Encoder, EncoderConfig
-from encoder.mouths import Mouths, mouths_of, place_of, with_mouths
-from generators import train
+from encoder.retouch import drawings as retouch
+from encoder.retouch.eyes import Turns, irises, turns_of, with_eyes
+from encoder.retouch.mouths import Mouths, mouths_of, place_of, with_mouths
+from generators import gan, train
 from generators.blocks import SwappedSynthesis
 from generators.checkpoint import load, save
 from generators.data import first_pictures, open_dataset
@@ -27,8 +29,8 @@ from generators.latents import read_ws
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, SuperResolutionConfig
 
-ASIDE = ("--hair=0", "--ground=0", "--sharpen=0", "--flatten=0", "--no-mouths",
-         "--emphasis=0")  # fmt: skip
+ASIDE = ("--hair=0", "--ground=0", "--sharpen=0", "--flatten=0", "--no-eyes",
+         "--no-mouths", "--emphasis=0")  # fmt: skip
 PLAIN = (*ASIDE, "--strangers=0")
 
 
@@ -185,24 +187,29 @@ def test_drawings_are_enlarged_by_super_resolution(models, face):
 
 
 class Onet:
-    """In place of MTCNN's last network: corners of the mouth so far apart, and a score."""
+    """In place of MTCNN's last network: corners of the mouth so far apart, and a score; the nose
+    so far to the right, in half distances of the eyes."""
 
-    def __init__(self, apart: list[float], scores: list[float]) -> None:
-        self.apart, self.scores = apart, scores
+    def __init__(self, apart: list[float], scores: list[float], turn: float) -> None:
+        self.apart, self.scores, self.turn = apart, scores, turn
 
     def __call__(self, looks):
         # in parts of what is cut out, 0.72 of the side from 0.14, 0.2 on: the mouth is at 0.66
-        points = torch.zeros(len(looks), 10)
+        points, nose = torch.zeros(len(looks), 10), 0.5 + 0.174 * self.turn
         for i, apart in enumerate(self.apart):
             half = 0.125 * apart / 0.72  # the eyes are 1 / 4 of the side apart
-            points[i, :5] = torch.tensor([0.326, 0.674, 0.5, 0.5 - half, 0.5 + half])
+            points[i, :5] = torch.tensor([0.326, 0.674, nose, 0.5 - half, 0.5 + half])
             points[i, 5:] = torch.tensor([0.3, 0.3, 0.5, 0.639, 0.639])
         return None, points, torch.tensor([[1 - s, s] for s in self.scores])
 
 
-def aligner_of(apart: list[float], scores: list[float]) -> Any:
-    mtcnn = SimpleNamespace(onet=Onet(apart, scores), device="cpu")
+def aligner_of(apart: list[float], scores: list[float], turn: float = 0) -> Any:
+    mtcnn = SimpleNamespace(onet=Onet(apart, scores, turn), device="cpu")
     return SimpleNamespace(mtcnn=mtcnn)
+
+
+def mouths_at(photos: torch.Tensor, aligner: Any) -> Mouths:
+    return mouths_of(photos, *points_of(photos, aligner))
 
 
 def smiling(teeth: bool) -> torch.Tensor:
@@ -217,13 +224,16 @@ def smiling(teeth: bool) -> torch.Tensor:
 
 def test_a_mouth_is_as_wide_as_its_corners_and_open_where_teeth_show():
     photos = torch.cat([smiling(True), smiling(False), smiling(True), smiling(True)])
-    found = mouths_of(photos, aligner_of([1.1, 1.1, 0.8, 1.1], [1, 1, 1, 0.5]))
+    found = mouths_at(photos, aligner_of([0.96, 0.96, 0.8, 0.96], [1, 1, 1, 0.5]))
     assert found.found.tolist() == [True, True, True, False]
-    assert found.wide[:3].tolist() == pytest.approx([0.875, 0.875, 0.125], abs=0.02)
-    assert found.open[0] > 0.9 and found.open[1] < 0.05
+    assert found.wide[:3].tolist() == pytest.approx([0.525, 0.525, 0.125], abs=0.02)
+    assert found.open[0] > 0.75 and found.open[1] < 0.05
     assert found.open[2] < 0.1  # as narrow as that none smiles
-    darker = mouths_of(0.4 * photos - 0.6, aligner_of([1.1] * 4, [1] * 4))
-    assert darker.open[0] > 0.5 > 0.1 > darker.open[1]
+    darker = mouths_at(0.4 * photos - 0.6, aligner_of([0.96] * 4, [1] * 4))
+    assert darker.open[0] > 0.4 > 0.1 > darker.open[1]
+    grins = mouths_at(0.4 * photos - 0.6, aligner_of([0.98, 1.02, 1.1, 1.3], [1] * 4))
+    assert grins.open[1] == pytest.approx(0.5, abs=0.05)  # whatever the light
+    assert (grins.open[2:] == 1).all()
 
 
 def test_mouths_are_drawn_where_the_drawing_has_its_own():
@@ -253,6 +263,46 @@ def test_a_mouth_is_found_where_it_is_darker_than_what_is_around():
     x, y = place_of(drawings)
     assert x.tolist() == pytest.approx([35.5, 27.5], abs=0.7)
     assert y.tolist() == pytest.approx([41, 40], abs=0.7)
+
+
+# -------------------------------------------------------------------------------- eyes
+
+
+def test_a_head_is_turned_as_far_as_its_nose_is_off_the_middle():
+    for turn in (-0.5, 0.0, 0.8, 1.7):
+        looked = torch.zeros(2, 3, 128, 128), aligner_of([1, 1], [1, 0.5], turn)
+        found = turns_of(*points_of(*looked))
+        assert found.turn.tolist() == pytest.approx([min(turn, 1)] * 2, abs=1e-3)
+        assert found.found.tolist() == [True, False]
+
+
+def test_both_eyes_are_of_one_kind_and_the_farther_one_is_narrower():
+    drawings = torch.full((4, 3, 128, 128), 0.8)
+    drawings[:, :, :40] = torch.tensor([-0.2, 0.0, 0.9]).view(3, 1, 1)  # blue hair
+    turns = Turns(torch.tensor([0.0, 0.8, -0.8, 0.8]), torch.tensor([True, True, True, False]))
+    made = with_eyes(drawings, turns)
+    assert torch.equal(made[3], drawings[3])  # no face
+    # frontal: mirror images of one another, but for the lights, which are on the same side
+    dark = made.amin(dim=1)[:, 44:80] < 0
+    assert (dark[0] != dark[0].flip(-1)).float().mean() < 0.04
+    assert (dark[2] != dark[1].flip(-1)).float().mean() < 0.04
+    wide = [half.any(dim=0).sum() for half in (dark[1][:, :64], dark[1][:, 64:])]
+    assert wide[1] < 0.85 * wide[0]
+    eye = made[0, :, 64:70, 42:50].mean(dim=(1, 2))  # the lower iris: blue
+    assert eye[2] > eye[0] + 0.3
+    changed = (made[0] - drawings[0]).abs().amax(dim=0) > 0.02
+    assert not changed[:44].any() and not changed[80:].any()  # fringe, nose and mouth stay
+    assert not changed[:, 60:68].any()
+
+
+def test_irises_are_blue_and_go_a_little_with_the_hair():
+    drawings = torch.full((3, 3, 64, 64), 0.8)
+    hairs = [0.2, -0.1, -0.4], [-0.9] * 3, [0.0, 0.1, 0.8]
+    for picture, hair in zip(drawings, hairs, strict=True):
+        picture[:, :20] = torch.tensor(hair).view(3, 1, 1)
+    found = brown, black, blue = irises(drawings)[:, :, 0, 0]
+    assert (found.argmax(dim=1) == 2).all()
+    assert brown[0] > black[0] > blue[0] and brown[2] < black[2] < blue[2]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +345,29 @@ def test_a_style_learns_them_beside_real_drawings_and_resumes_exactly(config, mo
     assert metrics(again.output)[-1] == lines[-1]
 
 
+def test_eyes_and_mouths_count_as_much_as_they_are_told_to(config, models):  # noqa: F811
+    error = gan.middle(torch.ones(2, 3, 64, 64), 4.0)
+    assert error[32, 20] == error[41, 32] == 4 and error[10, 32] == error[32, 8] == 1
+    assert made(models) == 0
+    pairs = models / "pairs"
+    config = replace(
+        config, latents=pairs / LATENTS, pairs=str(pairs / DRAWINGS), paired_weight=1.0,
+        init=str(models / "anime.safetensors"), freeze_generator_below=8, reconstruction_weight=0,
+        adversarial_weight=0, perceptual_weight=0, images=400, warmup_lr=0.01,
+    )  # fmt: skip
+    train.train(config, cpu=True)
+    train.train(replace(config, focus=50.0, output=models / "focused"), cpu=True)
+    ws = read_ws(pairs / LATENTS, load(models / "anime.safetensors", Generator))
+    wanted = to_float(open_dataset(pairs / DRAWINGS, 16).pictures)
+    errors = []
+    for run in (config.output, models / "focused"):
+        drawn = load(run / "generator.safetensors", Generator).synthesis(ws)
+        errors.append((drawn - wanted).abs().mean(dim=(0, 1)).detach())
+    inside = gan.middle(wanted, 2.0) == 2
+    assert errors[1][inside].mean() < errors[0][inside].mean()
+    assert errors[1][~inside].mean() > errors[0][~inside].mean()
+
+
 def test_patches_alone_move_the_colours_to_the_drawings(config, models):  # noqa: F811
     config = replace(
         config, init=str(models / "face.safetensors"), freeze_generator_below=8, patch_weight=1.0,
@@ -312,6 +385,7 @@ def test_patches_alone_move_the_colours_to_the_drawings(config, models):  # noqa
         ({"pairs": "somewhere"}, "--pairs teach nothing without"),
         ({"patch_weight": 1.0}, "--patch-weight is for fine-tunes"),
         ({"patch_weight": -1.0}, "patch-weight"),
+        ({"focus": 0.0}, "focus"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(config, wrong, said):  # noqa: F811

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from encoder.align import Aligner
-from encoder.track import OneEuro, Tracker, cut, overlap, square_around
+from encoder.video.track import OneEuro, Tracker, cut, overlap, square_around
 from generators.images import open_image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

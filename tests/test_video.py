@@ -21,13 +21,14 @@ from pictures import photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from encoder import films, infer, video
+from encoder import films, infer
 from encoder.align import Aligner
 from encoder.films import FilmWriter, Guarded, camera_address, is_film, orientation
 from encoder.model import Encoder, EncoderConfig
-from encoder.shots import Places
-from encoder.trace import TraceWriter, read_trace
-from encoder.track import Track
+from encoder.video import translate as video
+from encoder.video.shots import Places
+from encoder.video.trace import TraceWriter, read_trace
+from encoder.video.track import Track
 from generators.checkpoint import save
 from generators.images import open_image
 

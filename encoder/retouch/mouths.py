@@ -1,10 +1,11 @@
 """Mouths of drawings, drawn anew: as wide as the photo's, and open where that one shows teeth.
 
-    mouths = mouths_of(photos, aligner)             # (B, 3, S, S) FFHQ crops
+    mouths = mouths_of(photos, *points_of(photos, aligner))     # (B, 3, S, S) FFHQ crops
     drawings = with_mouths(drawings, mouths)        # (B, 3, R, R), of the same people
 
 A style that was trained against a discriminator draws one small mouth, whatever the photo's does.
-Measured are MTCNN's corners of the mouth, and between them how much of it is light and not red.
+Measured are MTCNN's corners of the mouth, and between them how much of it is light and not red; a
+mouth that is very wide shows teeth in any light.
 Drawn is a line, its ends up the more the mouth is wide, and below it an opening with its own lower
 line. All of it is soft, so that it can be learnt at any resolution.
 
@@ -17,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.align import Aligner
-from encoder.attributes import CHEEKS, FOUND, points_of
+from encoder.attributes import CHEEKS, FOUND, median_colour
 from encoder.metrics import LUMA
 from generators.images import blurred, resize
 
@@ -28,6 +28,7 @@ RED = (0.06, 0.03)  # red less green, in parts of the cheeks', at which teeth en
 TEETH = (0.2, 0.4)  # how light: from here on, within so much wholly
 WIDE = (0.75, 0.4)  # width in distances of the eyes: the narrowest, and so much wider the widest
 SMILES = (0.9, 0.04)  # a mouth with teeth is this wide; softness
+GRINS = (0.55, 0.25)  # of the way to the widest: from here on open, within so much wholly
 
 # in 64ths of the side, x first; colours in [-1, 1]
 PLACE, AROUND = (32.0, 40.5), (9.0, 3.0)  # where the style draws its mouth, and how far from there
@@ -47,9 +48,9 @@ class Mouths:
 
 
 @torch.no_grad()
-def mouths_of(photos: Tensor, aligner: Aligner) -> Mouths:
-    """Of FFHQ crops (B, 3, S, S) in [-1, 1], on their device."""
-    points, scores = points_of(photos, aligner)  # (B, 5, 2) in parts of the side, (B)
+def mouths_of(photos: Tensor, points: Tensor, scores: Tensor) -> Mouths:
+    """Of FFHQ crops (B, 3, S, S) in [-1, 1], on their device, and of what
+    `encoder.attributes.points_of` found in them, (B, 5, 2) and (B)."""
     images = photos.cpu().float()
     apart = (points[:, 1] - points[:, 0]).norm(dim=1)  # (B)
     across = points[:, 4] - points[:, 3]  # (B, 2)
@@ -61,9 +62,8 @@ def mouths_of(photos: Tensor, aligner: Aligner) -> Mouths:
     places = middle[:, None, None] + u[:, None] * across[:, None, None]  # (B, 1, U, 2)
     places = places + v[:, None, None] * down[:, None, None]  # (B, V, U, 2)
     strip = F.grid_sample(images, 2 * places - 1, align_corners=False).mean(dim=3)  # (B, 3, V)
-    top, bottom, left, right = CHEEKS
-    cheeks = resize(images, 64, "area")[:, :, top:bottom, left:right].flatten(2)
-    cheek = (cheeks.median(dim=2).values + 1).clamp(min=0.1)  # (B, 3)
+    cheeks = median_colour(resize(images, 64, "area"), CHEEKS)
+    cheek = (cheeks[:, :, 0, 0] + 1).clamp(min=0.1)  # (B, 3)
     light = (strip + 1) / cheek[:, :, None]
     green, red = light[:, 1], light[:, 0] - light[:, 1]  # (B, V); lips are red and dark
     above = green.cummin(dim=1).values
@@ -73,6 +73,7 @@ def mouths_of(photos: Tensor, aligner: Aligner) -> Mouths:
     smiles = torch.sigmoid((width - SMILES[0]) / SMILES[1])
     wide = ((width - WIDE[0]) / WIDE[1]).clamp(0, 1)
     opened = smiles * ((teeth - TEETH[0]) / TEETH[1]).clamp(0, 1)
+    opened = torch.maximum(opened, ((wide - GRINS[0]) / GRINS[1]).clamp(0, 1))
     found = (scores >= FOUND) & (apart > 0.1)
     return Mouths(*(x.to(photos.device) for x in (wide, opened, found)))
 

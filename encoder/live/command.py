@@ -4,10 +4,10 @@
     python -m encoder.live --host 0.0.0.0 --share-token new   # also for others, who need the link
     curl --data-binary @me.jpg 'http://localhost:8000/drawing?size=256' > me.png
 
-Serves `encoder/page/`. Frames come over a WebSocket, one for each client, and drawings go back (see
-`encoder.artist` for the messages): of a client's frames the newest counts, one is in the works, and
-clients take turns, so no delay grows. Nothing is stored and nothing leaves this machine. Ctrl-C
-ends it.
+Serves `encoder/live/page/`. Frames come over a WebSocket, one for each client, and drawings go back
+(see `encoder.live.artist` for the messages): of a client's frames the newest counts, one is in the
+works, and clients take turns, so no delay grows. Nothing is stored and nothing leaves this machine.
+Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 from PIL import Image
 
 from encoder.align import Aligner
-from encoder.artist import Artist
 from encoder.engines import engine_of
+from encoder.live.artist import Artist
 from encoder.options import STYLES, Drawing
 from encoder.pipeline import Translator
 from generators.bundled import companion
@@ -86,7 +86,7 @@ def run(config: LiveConfig) -> int:
             f"The page needs {', '.join(missing)}; install the extra: "
             "pip install 'amortized-gan-inversion[live]'"
         )
-    from encoder.server import application, server_of
+    from encoder.live.server import application, server_of
 
     with listening(config.host, config.port) as listener:
         artist = artist_of(config)

@@ -1,5 +1,5 @@
 // The largest face of a camera, followed from frame to frame: O-Net alone looks where it was, and
-// the whole cascade searches once in a while, or when it is lost. encoder/track.py's counterpart.
+// the whole cascade searches once in a while, or when it is lost. encoder/video/track.py's counterpart.
 //
 //     const tracker = new Tracker();
 //     const face = await tracker.follow(picture, seconds, nets);      // {box, points, score} or null

@@ -2,13 +2,13 @@
 
     server_of(application(Artist(Translator.bundled()))).run(sockets=[listener])
 
-    GET  /            encoder/page/
-    WS   /socket      the messages of `encoder.artist`; of a client's frames the newest counts
+    GET  /            encoder/live/page/
+    WS   /socket      the messages of `encoder.live.artist`; of a client's frames the newest counts
     POST /drawing     a picture file as the body -> the drawing as PNG; settings in the query
 
-Refused with a sentence: 400 a setting that is none, 403 see `encoder.guard`, 408 too slow, 413 too
-large, 415 no picture, 422 no face, 429 busy. A socket is closed with a reason: 1003 for text, 1008
-for too many frames, 1009 for a message that is too large, 1013 where all places are taken. A
+Refused with a sentence: 400 a setting that is none, 403 see `encoder.live.guard`, 408 too slow, 413
+too large, 415 no picture, 422 no face, 429 busy. A socket is closed with a reason: 1003 for text,
+1008 for too many frames, 1009 for a message that is too large, 1013 where all places are taken. A
 picture that is no good is answered with an error, and the connection goes on.
 """
 
@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -28,11 +27,19 @@ from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from encoder.artist import MOST_BYTES, MOST_HEADER, Artist, Refused, Sitter, error_answer, unpack
-from encoder.guard import Guard
-from encoder.turns import Turns
+from encoder.live import PAGE
+from encoder.live.artist import (
+    MOST_BYTES,
+    MOST_HEADER,
+    Artist,
+    Refused,
+    Sitter,
+    error_answer,
+    unpack,
+)
+from encoder.live.guard import Guard
+from encoder.live.turns import Turns
 
-PAGE = Path(__file__).parent / "page"
 RATE, BURST = 90.0, 180.0  # messages a second of one client; what it may be ahead
 PATIENCE = 30.0  # seconds for a single picture to come
 POSTS = 10.0  # single pictures a second, of all clients together
@@ -74,7 +81,7 @@ class Rate:
 def application(
     artist: Artist,
     *,
-    token: str | None = None,  # that others must have, see `encoder.guard`
+    token: str | None = None,  # that others must have, see `encoder.live.guard`
     clients: int = 32,  # at the same time
 ) -> FastAPI:
     """The ASGI application: the page, /socket and /drawing."""

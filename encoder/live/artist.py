@@ -30,7 +30,7 @@ from torch import Tensor
 
 from encoder.align import Face
 from encoder.pipeline import Translator, clock
-from encoder.track import Tracker
+from encoder.video.track import Tracker
 from generators.command import printable
 from generators.images import TooManyPixels, decode, to_pil
 

@@ -25,8 +25,8 @@ from encoder.films import read_film
 from encoder.geometry import Array
 from encoder.options import FollowConfig
 from encoder.pipeline import Translator
-from encoder.trace import read_trace
-from encoder.track import Track, Tracker
+from encoder.video.trace import read_trace
+from encoder.video.track import Track, Tracker
 from generators.latents import truncate
 
 ENOUGH = 5  # frames that a face is there before it counts for the length of the row

@@ -1,4 +1,4 @@
-"""Drawings of photos, retouched, to train a style on: like halves, the photo's hair and mouth, ink.
+"""Drawings of photos, retouched, to train a style on: hair, ground, ink, eyes and mouths.
 
     python -m encoder.retouch pairs/ --data faces/train.parquet
     accelerate launch -m generators.train stylegan2 --init anime128 --freeze-generator-below 16 \\
@@ -24,7 +24,8 @@ lines by a bilateral filter (Tomasi & Manduchi 1998; several passes, as Winnemö
 "Real-Time Video Abstraction", section 3.1), and sharpened again, as regression is soft. Needs `pip
 install '.[prepare]'`, for OpenCV.
 
-*Mouths.* Drawn anew, as wide and as open as the photo's: `encoder.mouths`.
+*Eyes and mouths.* Drawn anew: two eyes of a kind (`encoder.retouch.eyes`), a mouth as wide and as
+open as the photo's (`encoder.retouch.mouths`).
 
 Writes OUT/drawings.parquet and OUT/latents.safetensors, as `generators.filters` does: each photo,
 then the mirrored photo, whose drawing is the mirrored one.
@@ -44,10 +45,11 @@ import tyro
 from torch import Tensor
 
 from encoder.align import Aligner
-from encoder.attributes import HAIR
-from encoder.mouths import mouths_of, with_mouths
+from encoder.attributes import HAIR, median_colour, points_of
 from encoder.options import Models
 from encoder.pipeline import Translator
+from encoder.retouch.eyes import DRAWN_HAIR, turns_of, with_eyes
+from encoder.retouch.mouths import mouths_of, with_mouths
 from generators.checkpoint import load, resolve
 from generators.command import command, console
 from generators.data import first_pictures, open_dataset
@@ -63,14 +65,14 @@ Half = Literal["left", "right"]
 SEAM = 3 / 16  # of the side, over which one half goes over into the other
 
 # places of a crop, in 64ths: rows and columns; centre and half axes of an ellipse, rows first
-CHEEKS, DRAWN_HAIR = (34, 48, 22, 42), (4, 16, 20, 44)  # of drawings; HAIR is of photos
+CHEEKS = (34, 48, 22, 42)  # of drawings; HAIR is of photos
 FACE, HEAD = ((36, 32), (20.5, 19)), ((31, 32), (32, 29.5))
 SKIN_REACH, HAIR_REACH = (0.22, 0.04), (0.30, 0.07)  # RMS of a colour's distance; its softness
 CLOSED = 4  # 64ths, within which what skin encloses is face
 SPREAD = 3  # 64ths, of the ground's light
 LINES = 1  # 64ths, of the unsharp mask
 FLAT_REACH, FLAT_WINDOW, FLAT_COLOURS = 2, 7, 35  # 64ths; pixels; of 255
-SEEN = 128  # side at which photos are read for their mouths, at least
+SEEN = 128  # side at which photos' features are looked for, at least
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ class RetouchConfig(Models):
     strangers: float = 0.25  # share of photos that are drawn with another's hair
     size: int | None = None  # side of the drawings in pixels; None: the generator's own
     superres: str = "superres64"  # enlarges to a larger --size: a bundled name or a file
-    sharpen: float = 1.2  # share of what is finer than the blur that is added once more
+    sharpen: float = 0.6  # share of what is finer than the blur that is added once more
     flatten: int = 4  # passes of the filter that makes areas flat
+    eyes: bool = True  # drawn anew; off: as the style draws them
     mouths: bool = True  # drawn anew, like the photo's; off: as the style draws them
-    emphasis: float = 0.4  # share as of --sharpen, at last: what is learnt by regression is softer
+    emphasis: float = 0.3  # share as of --sharpen, at last: what is learnt by regression is softer
     overwrite: bool = False  # replace files that exist
 
     def __post_init__(self) -> None:
@@ -125,7 +128,7 @@ def with_colours(
     size = drawings.shape[-1]
     face, locks = faces_and_hair(drawings)  # (B, 1, R, R)
     rest = (1 - face - locks).clamp(0, 1)
-    change = median(hair_photos, HAIR) - median(drawings, DRAWN_HAIR)  # (B, 3, 1, 1)
+    change = median_colour(hair_photos, HAIR) - median_colour(drawings, DRAWN_HAIR)  # (B, 3, 1, 1)
     photos, spread = resize(photos, size), SPREAD * size / 64
     light = blurred((photos - drawings) * rest, spread) / blurred(rest, spread).clamp(min=0.05)
     return drawings + hair * locks * change + ground * rest * light
@@ -136,12 +139,12 @@ def faces_and_hair(drawings: Tensor) -> tuple[Tensor, Tensor]:
     together at most 1."""
     unit = drawings.shape[-1] / 64
     inside, head = ellipse(drawings, *FACE), ellipse(drawings, *HEAD)
-    skin = inside * like(drawings, median(drawings, CHEEKS), SKIN_REACH)
+    skin = inside * like(drawings, median_colour(drawings, CHEEKS), SKIN_REACH)
     side = 2 * round(CLOSED * unit) + 1
     skin = F.max_pool2d(skin, side, 1, side // 2)  # a closing: eyes and mouth are face
     skin = -F.max_pool2d(-skin, side, 1, side // 2)
     face = blurred(skin * inside, unit)
-    colour = median(drawings, DRAWN_HAIR)
+    colour = median_colour(drawings, DRAWN_HAIR)
     locks = like(blurred(drawings, unit), colour, HAIR_REACH) * (1 - face) * head
     return face, blurred(locks, unit).minimum(1 - face)
 
@@ -150,12 +153,6 @@ def like(images: Tensor, colour: Tensor, reach: tuple[float, float]) -> Tensor:
     """(B, 3, R, R), (B, 3, 1, 1) -> (B, 1, R, R): 1 at that colour, half at the reach from it."""
     distance = (images - colour).square().mean(dim=1, keepdim=True).sqrt()
     return torch.sigmoid((reach[0] - distance) / reach[1])
-
-
-def median(images: Tensor, place: tuple[int, int, int, int]) -> Tensor:
-    """(B, 3, R, R) -> (B, 3, 1, 1), of rows and columns in 64ths."""
-    top, bottom, left, right = (round(edge * images.shape[-1] / 64) for edge in place)
-    return images[:, :, top:bottom, left:right].flatten(2).median(dim=2).values[:, :, None, None]
 
 
 def ellipse(images: Tensor, centre: tuple[float, float], axes: tuple[float, float]) -> Tensor:
@@ -214,9 +211,12 @@ def pairs(
     if config.size is not None:
         drawings = translator.enlarge(drawings.clamp(-1, 1), config.size)
     drawings = flattened(sharpened(drawings, config.sharpen), config.flatten)
-    if config.mouths:
-        assert translator.aligner is not None
-        drawings = with_mouths(drawings, mouths_of(photos, translator.aligner))
+    if translator.aligner is not None:
+        found = points_of(photos, translator.aligner)
+        if config.eyes:
+            drawings = with_eyes(drawings, turns_of(*found))
+        if config.mouths:
+            drawings = with_mouths(drawings, mouths_of(photos, *found))
     drawings = sharpened(drawings, config.emphasis).clamp(-1, 1)
     both = torch.stack([drawings, drawings.flip(-1)], dim=1)
     return torch.stack([ws, mirrored_ws], dim=1).flatten(0, 1), both.flatten(0, 1)
@@ -229,10 +229,10 @@ def run(config: RetouchConfig) -> None:
     translator = Translator.load(
         *models,
         swap_resolution=config.swap_resolution,
-        aligner=Aligner() if config.mouths else None,
+        aligner=Aligner() if config.eyes or config.mouths else None,
         superres=load(resolve(config.superres), SuperResolution) if config.size else None,
     )
-    side = max(translator.crop_size, SEEN if config.mouths else 0)
+    side = max(translator.crop_size, SEEN if translator.aligner else 0)
     data = open_dataset(config.data, side)
     photos = first_pictures(data, config.images)
     passed = (torch.arange(len(photos) + 1) * config.strangers).floor()

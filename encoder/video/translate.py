@@ -33,7 +33,7 @@ from encoder.geometry import paste
 from encoder.options import DrawConfig
 from encoder.pipeline import Translator
 from encoder.reference import References
-from encoder.shots import (
+from encoder.video.shots import (
     Places,
     Shot,
     follower,
@@ -41,8 +41,8 @@ from encoder.shots import (
     shots_of,
     shots_of_latents,
 )
-from encoder.trace import TraceWriter
-from encoder.track import Tracker
+from encoder.video.trace import TraceWriter
+from encoder.video.track import Tracker
 from generators.command import printable
 from generators.disk import write_atomically
 from generators.images import grid, resize, to_pil

@@ -1,0 +1,1 @@
+"""Drawings put right, for a style to learn. `python -m encoder.retouch --help`"""

@@ -1,0 +1,1 @@
+"""Films and cameras: faces followed, smoothed, drawn, put back. Formats are `encoder.films`."""
