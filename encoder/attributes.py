@@ -79,7 +79,9 @@ def measure(images: Tensor, aligner: Aligner) -> dict[str, Tensor]:
 def median_colour(images: Tensor, place: tuple[int, int, int, int]) -> Tensor:
     """(B, 3, R, R) -> (B, 3, 1, 1), of rows and columns in 64ths."""
     top, bottom, left, right = (round(edge * images.shape[-1] / 64) for edge in place)
-    return images[:, :, top:bottom, left:right].flatten(2).median(dim=2).values[:, :, None, None]
+    there = images[:, :, top:bottom, left:right].flatten(2)
+    # of an expanded tensor, whose stride is 0, torch 2.14 gives what was in memory before
+    return there.contiguous().median(dim=2).values[:, :, None, None]
 
 
 def points_of(images: Tensor, aligner: Aligner) -> tuple[Tensor, Tensor]:

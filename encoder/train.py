@@ -8,8 +8,8 @@ moving average), with --eval-data also RUN/best.safetensors (the average of lowe
 
     # encoder and generator together, from the bundled pair
     accelerate launch train_encoder.py --data faces/ --output runs/pair --init encoder128 \
-        --generator-lr 4e-4 --synthetic-fraction 0 --input-size 128 --loss.mse 2 --loss.l1 2 \
-        --loss.perceptual 0.6 --loss.latent 0 --loss.adversarial 0.3 --pixel-weight 0.15
+        --generator-lr 1.2e-3 --lr 2.5e-4 --freeze-generator-below 16 --synthetic-fraction 0 \
+        --loss.mse 6 --loss.l1 2 --loss.lpips 1.5 --loss.latent 0 --layers-weight 0.3
 
 With --generator-lr the generator learns too (`encoder.joint`), and RUN gets generator.safetensors,
 its discriminators and best_generator.safetensors beside the encoder's.

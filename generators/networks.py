@@ -155,7 +155,7 @@ class StyleGan2Options(AdversarialOptions):
     warmup_lr: float = 2e-3  # of the generator until then; afterwards it is generator_lr
     reconstruction_images: int | None = None  # pictures of reconstruction; None: to the end
     l1_weight: float = 2.0  # of the mean absolute error in the reconstruction's loss
-    focus: float = 1.0  # there, of the eyes and the mouth of an FFHQ crop, in place of 1
+    focus: float = 0.0  # times l1_weight: of the squared errors of eyes and of mouth, FFHQ crops
     perceptual_weight: float = 0.6  # of the distance in the perceptual network, there
     kl_weight: float = 2e-3  # of the codes' distance to the prior, in nats, there
 
@@ -169,12 +169,12 @@ class StyleGan2Options(AdversarialOptions):
         super().__post_init__()
         lengths = ("freeze_generator_below", "freeze_discriminator_blocks", "warmup_images")
         weights = ("l1_weight", "perceptual_weight", "kl_weight", "reconstruction_weight",
-                   "paired_weight", "patch_weight", *PULLS)  # fmt: skip
+                   "paired_weight", "patch_weight", "focus", *PULLS)  # fmt: skip
         others = ("adversarial_ramp", "r1_gamma", "path_length_weight", "reconstruction_images")
         ranges = {
             "of 1 or more": ("mapping_layers", "channel_base", "channel_max"),
             "of 0 or more": (*lengths, *weights, *others),
-            "above 0": ("warmup_lr", "style_limit", "paired_share", "focus"),
+            "above 0": ("warmup_lr", "style_limit", "paired_share"),
             "from 0 to 1": ("style_mixing", "paired_share"),
         }
         check_numbers(self, ranges)

@@ -9,16 +9,18 @@ from drawn import (
     Config,
     Judge,
     JudgeConfig,
+    colours_kept,
     detected,
     eyes_changed,
     features_changed,
-    hair_colours,
+    laughs_kept,
     lesson,
     train,
 )
 from pictures import photo
 from torch import Tensor
 
+from encoder.attributes import CHEEKS
 from generators.checkpoint import load, save
 from generators.images import resize
 
@@ -39,18 +41,18 @@ def flat(colours: Tensor) -> Tensor:
 
 def test_hair_that_has_the_photos_colours_follows_them_wholly():
     photos = blobs(30)
-    found = hair_colours(photos, photos)
+    found = colours_kept(photos, photos)
     assert found == pytest.approx({"lightness": 1, "lightness_slope": 1, "tint": 1})
     # lighter, and of half the contrast: as faithful, but for the slope
-    found = hair_colours(photos, 0.5 * photos + 0.4)
+    found = colours_kept(photos, 0.5 * photos + 0.4)
     assert found == pytest.approx({"lightness": 1, "lightness_slope": 0.5, "tint": 1}, abs=1e-4)
 
 
 def test_hair_of_other_people_or_of_one_colour_does_not_follow():
     photos = flat(torch.rand(400, 3, generator=torch.Generator().manual_seed(1)))
-    strangers = hair_colours(photos, photos.roll(7, 0))
+    strangers = colours_kept(photos, photos.roll(7, 0))
     assert max(abs(x) for x in strangers.values()) < 0.2
-    assert hair_colours(photos, photos[:1].expand(400, -1, -1, -1)) == pytest.approx(
+    assert colours_kept(photos, photos[:1].expand(400, -1, -1, -1)) == pytest.approx(
         {"lightness": 0, "lightness_slope": 0, "tint": 0}, abs=1e-4
     )
 
@@ -59,16 +61,33 @@ def test_lightness_and_tint_are_told_apart():
     colours = torch.rand(50, 3, generator=torch.Generator().manual_seed(1))
     luma = torch.tensor([0.299, 0.587, 0.114])
     grey = (colours @ luma)[:, None].expand(-1, 3)
-    found = hair_colours(flat(colours), flat(grey))
+    found = colours_kept(flat(colours), flat(grey))
     assert found["lightness"] == pytest.approx(1, abs=1e-4) and abs(found["tint"]) < 1e-3
-    found = hair_colours(flat(colours), flat(colours - grey))
+    found = colours_kept(flat(colours), flat(colours - grey))
     assert found["tint"] == pytest.approx(1, abs=1e-4) and abs(found["lightness_slope"]) < 1e-3
 
 
 def test_only_the_hair_counts():
     photos, other = blobs(10), blobs(10, seed=2)
     other[:, :, 4:14, 20:44] = photos[:, :, 4:14, 20:44]
-    assert hair_colours(photos, other)["tint"] == pytest.approx(1)
+    assert colours_kept(photos, other)["tint"] == pytest.approx(1)
+
+
+def test_the_cheeks_are_another_place():
+    photos, other = blobs(10), blobs(10, seed=2)
+    other[:, :, 36:44, 22:42] = photos[:, :, 36:44, 22:42]
+    assert colours_kept(photos, other, CHEEKS)["lightness"] == pytest.approx(1)
+    assert colours_kept(photos, other)["lightness"] < 0.9
+
+
+def test_laughs_are_kept_where_open_mouths_are_drawn_red():
+    drawings = flat(torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) * 0.4).clone()
+    wide, found = torch.arange(40) % 7 / 7, torch.arange(40) > 1
+    drawings[:, 0, 40:43, 29:35] += wide[:, None, None]
+    assert laughs_kept((wide, found), drawings) == pytest.approx(1, abs=1e-3)
+    assert laughs_kept((wide.where(found, 9.0), found), drawings) == pytest.approx(1, abs=1e-3)
+    assert laughs_kept((1 - wide, found), drawings) == pytest.approx(-1, abs=1e-3)
+    assert laughs_kept((wide, found), flat(torch.zeros(40, 3))) == pytest.approx(0, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------- detector

@@ -29,7 +29,7 @@ from generators.latents import read_ws
 from generators.stylegan2 import Generator
 from generators.superres import SuperResolution, SuperResolutionConfig
 
-ASIDE = ("--hair=0", "--ground=0", "--sharpen=0", "--flatten=0", "--no-eyes",
+ASIDE = ("--hair=0", "--ground=0", "--skin=0", "--sharpen=0", "--flatten=0", "--no-eyes",
          "--no-mouths", "--emphasis=0")  # fmt: skip
 PLAIN = (*ASIDE, "--strangers=0")
 
@@ -236,6 +236,20 @@ def test_a_mouth_is_as_wide_as_its_corners_and_open_where_teeth_show():
     assert (grins.open[2:] == 1).all()
 
 
+def test_who_laughs_is_written_several_times(models, face, monkeypatch):
+    mouths = Mouths(torch.zeros(4), torch.tensor([0.1, 0.9, 0.5, 1.0]), torch.tensor([False] * 4))
+    monkeypatch.setattr(retouch, "mouths_of", lambda *_: mouths)
+    one_mouth = tuple(option for option in PLAIN if option != "--no-mouths")
+    assert made(models, *one_mouth, "--laughs=1") == 0
+    once = read_ws(models / "pairs" / LATENTS, face)
+    assert made(models, *one_mouth, "--overwrite") == 0
+    places = [0, 1, 2, 3, 2, 3, 2, 3, 4, 5, 6, 7, 6, 7, 6, 7]  # a photo, its mirror image, the next
+    assert torch.equal(read_ws(models / "pairs" / LATENTS, face), once[places])
+    drawings = open_dataset(models / "pairs" / DRAWINGS, 16).pictures
+    assert len(drawings) == 16 and (drawings[2] == drawings[6]).all()
+    assert (drawings[2] != drawings[8]).any()
+
+
 def test_mouths_are_drawn_where_the_drawing_has_its_own():
     drawings = resize(head(0.1, 0.9, 0.8), 128).repeat(4, 1, 1, 1)
     drawings[:, :, 90:94, 56:72] = 0.8  # no mouth where `head` has it
@@ -268,6 +282,23 @@ def test_a_mouth_is_found_where_it_is_darker_than_what_is_around():
 # -------------------------------------------------------------------------------- eyes
 
 
+def test_skin_is_browner_where_the_photos_is_dark_and_hair_and_ground_stay():
+    drawing = torch.full((3, 3, 64, 64), -0.4)
+    drawing[:, :, 20:60, 16:48] = 0.9
+    photos = torch.full((3, 3, 96, 96), 0.4)  # fair, dark, darker
+    photos[1:] = torch.tensor([0.0, -0.45, -0.6]).view(3, 1, 1)
+    photos[2] -= 0.3
+    made = retouch.with_skin(drawing, photos, 1.0)
+    assert torch.equal(made[0], drawing[0])
+    cheeks = made[:, :, 38:44, 28:36].mean(dim=(2, 3))
+    assert (cheeks[1] < 0.6).all() and (cheeks[2] < cheeks[1] - 0.2).all()
+    assert (cheeks[1:].diff(dim=1) < -0.1).all()  # brown: red, then green, then blue
+    light = ((cheeks + 1) * torch.tensor([0.299, 0.587, 0.114])).sum(dim=1)
+    assert light[1] / light[0] == pytest.approx((1 - 0.331) / 1.05, abs=0.03)  # as in the photo
+    assert (made[1] - drawing[1])[:, :, :10].abs().max() < 0.01
+    assert torch.equal(retouch.with_skin(drawing, photos, 0.0), drawing)
+
+
 def test_a_head_is_turned_as_far_as_its_nose_is_off_the_middle():
     for turn in (-0.5, 0.0, 0.8, 1.7):
         looked = torch.zeros(2, 3, 128, 128), aligner_of([1, 1], [1, 0.5], turn)
@@ -295,14 +326,15 @@ def test_both_eyes_are_of_one_kind_and_the_farther_one_is_narrower():
     assert not changed[:, 60:68].any()
 
 
-def test_irises_are_blue_and_go_a_little_with_the_hair():
-    drawings = torch.full((3, 3, 64, 64), 0.8)
-    hairs = [0.2, -0.1, -0.4], [-0.9] * 3, [0.0, 0.1, 0.8]
-    for picture, hair in zip(drawings, hairs, strict=True):
-        picture[:, :20] = torch.tensor(hair).view(3, 1, 1)
-    found = brown, black, blue = irises(drawings)[:, :, 0, 0]
-    assert (found.argmax(dim=1) == 2).all()
-    assert brown[0] > black[0] > blue[0] and brown[2] < black[2] < blue[2]
+def test_irises_are_amber_below_dark_hair_green_below_brown_and_blue_below_fair():
+    drawings = torch.full((4, 3, 64, 64), 0.8)
+    for picture, hair in zip(drawings, (-0.9, -0.3, 0.1, 0.6), strict=True):
+        picture[:, :20] = hair
+    found = irises(drawings)[:, :, 0, 0]
+    assert found.argmax(dim=1).tolist() == [0, 1, 2, 2]
+    assert found.mean(dim=1).abs().max() < 1e-6  # no grey in them, and all are as vivid
+    assert found.norm(dim=1).tolist() == pytest.approx([found[0].norm().item()] * 4)
+    assert (found[2] - found[3]).abs().max() < 0.02  # fair is blue, however fair
 
 
 @pytest.mark.parametrize(
@@ -346,26 +378,33 @@ def test_a_style_learns_them_beside_real_drawings_and_resumes_exactly(config, mo
 
 
 def test_eyes_and_mouths_count_as_much_as_they_are_told_to(config, models):  # noqa: F811
-    error = gan.middle(torch.ones(2, 3, 64, 64), 4.0)
-    assert error[32, 20] == error[41, 32] == 4 and error[10, 32] == error[32, 8] == 1
+    numbers = torch.arange(64**2).view(1, 1, 64, 64)
+    places = [gan.within(numbers, place) for place in (gan.EYES, gan.MOUTH)]
+    assert (places[0] == 32 * 64 + 22).any() and (places[0] == 32 * 64 + 41).any()  # both eyes
+    assert (places[1] == 41 * 64 + 32).any() and not (places[1] == 32 * 64 + 32).any()
     assert made(models) == 0
     pairs = models / "pairs"
     config = replace(
         config, latents=pairs / LATENTS, pairs=str(pairs / DRAWINGS), paired_weight=1.0,
         init=str(models / "anime.safetensors"), freeze_generator_below=8, reconstruction_weight=0,
-        adversarial_weight=0, perceptual_weight=0, images=400, warmup_lr=0.01,
+        adversarial_weight=0, perceptual_weight=0, images=1600, warmup_lr=0.01,
     )  # fmt: skip
     train.train(config, cpu=True)
-    train.train(replace(config, focus=50.0, output=models / "focused"), cpu=True)
+    train.train(replace(config, focus=10.0, output=models / "focused"), cpu=True)
     ws = read_ws(pairs / LATENTS, load(models / "anime.safetensors", Generator))
     wanted = to_float(open_dataset(pairs / DRAWINGS, 16).pictures)
     errors = []
     for run in (config.output, models / "focused"):
         drawn = load(run / "generator.safetensors", Generator).synthesis(ws)
-        errors.append((drawn - wanted).abs().mean(dim=(0, 1)).detach())
-    inside = gan.middle(wanted, 2.0) == 2
-    assert errors[1][inside].mean() < errors[0][inside].mean()
-    assert errors[1][~inside].mean() > errors[0][~inside].mean()
+        errors.append((drawn - wanted).square().mean(dim=(0, 1)).detach())
+    before, after = (
+        sum(gan.within(error[None, None], place).mean() for place in (gan.EYES, gan.MOUTH))
+        for error in errors
+    )
+    assert after < before
+    assert errors[1].mean() > errors[0].mean()
+    logged = metrics(models / "focused")[-1]
+    assert logged["eyes"] > 0 and logged["mouth"] > 0
 
 
 def test_patches_alone_move_the_colours_to_the_drawings(config, models):  # noqa: F811
@@ -385,7 +424,7 @@ def test_patches_alone_move_the_colours_to_the_drawings(config, models):  # noqa
         ({"pairs": "somewhere"}, "--pairs teach nothing without"),
         ({"patch_weight": 1.0}, "--patch-weight is for fine-tunes"),
         ({"patch_weight": -1.0}, "patch-weight"),
-        ({"focus": 0.0}, "focus"),
+        ({"focus": -1.0}, "focus"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(config, wrong, said):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Drawings of photos, retouched, to train a style on: hair, ground, ink, eyes and mouths.
+"""Drawings of photos, retouched, to train a style on: colours, ink, eyes and mouths.
 
     python -m encoder.retouch pairs/ --data faces/train.parquet
     accelerate launch -m generators.train stylegan2 --init anime128 --freeze-generator-below 16 \\
@@ -13,11 +13,12 @@ each photo is drawn as it is and mirrored, and its drawing gets the better half,
 of the mirrored photo's drawing, mirrored back. A turned head keeps its turn, as both are drawings
 of that photo.
 
-*Colours.* Hair is moved to the colour of the photo's, the ground to its light and colours; the face
-stays as it was drawn. Where they are is read from the drawing: skin is what has the colour of the
-cheeks, with what it encloses; hair what has the colour above the forehead; all else is ground. Some
-are drawn with another photo's w in the blocks that draw, and get its hair: so hair is learnt from
-these blocks' w, which a reference gives them, and the ground from the rest.
+*Colours.* Hair is moved to the colour of the photo's, the ground to its light and colours, skin as
+far to brown as the photo's is dark; fair faces stay as they were drawn. Where they are is read from
+the drawing: skin is what has the colour of the cheeks, with what it encloses; hair what has the
+colour above the forehead; all else is ground. Some are drawn with another photo's w in the blocks
+that draw, and get its hair and skin: so these are learnt from these blocks' w, which a reference
+gives them, and the ground from the rest.
 
 *Ink.* Enlarged by super-resolution (`--size`), sharpened by an unsharp mask, made flat between
 lines by a bilateral filter (Tomasi & Manduchi 1998; several passes, as Winnemöller et al. 2006,
@@ -25,7 +26,8 @@ lines by a bilateral filter (Tomasi & Manduchi 1998; several passes, as Winnemö
 install '.[prepare]'`, for OpenCV.
 
 *Eyes and mouths.* Drawn anew: two eyes of a kind (`encoder.retouch.eyes`), a mouth as wide and as
-open as the photo's (`encoder.retouch.mouths`).
+open as the photo's (`encoder.retouch.mouths`). Open mouths are few, so they are written `--laughs`
+times.
 
 Writes OUT/drawings.parquet and OUT/latents.safetensors, as `generators.filters` does: each photo,
 then the mirrored photo, whose drawing is the mirrored one.
@@ -45,7 +47,9 @@ import tyro
 from torch import Tensor
 
 from encoder.align import Aligner
+from encoder.attributes import CHEEKS as PHOTO_CHEEKS
 from encoder.attributes import HAIR, median_colour, points_of
+from encoder.metrics import LUMA
 from encoder.options import Models
 from encoder.pipeline import Translator
 from encoder.retouch.eyes import DRAWN_HAIR, turns_of, with_eyes
@@ -67,11 +71,15 @@ SEAM = 3 / 16  # of the side, over which one half goes over into the other
 # places of a crop, in 64ths: rows and columns; centre and half axes of an ellipse, rows first
 CHEEKS = (34, 48, 22, 42)  # of drawings; HAIR is of photos
 FACE, HEAD = ((36, 32), (20.5, 19)), ((31, 32), (32, 29.5))
+NECK = ((58, 32), (10, 11))
+PALE = 0.05  # light of cheeks, in [-1, 1], from which on skin is as the style draws it
+BROWN = (0.8, 1.05, 1.25)  # how much of the darkness goes to each channel, whatever the light was
 SKIN_REACH, HAIR_REACH = (0.22, 0.04), (0.30, 0.07)  # RMS of a colour's distance; its softness
 CLOSED = 4  # 64ths, within which what skin encloses is face
 SPREAD = 3  # 64ths, of the ground's light
 LINES = 1  # 64ths, of the unsharp mask
 FLAT_REACH, FLAT_WINDOW, FLAT_COLOURS = 2, 7, 35  # 64ths; pixels; of 255
+OPEN = 0.5  # a mouth that is as open laughs
 SEEN = 128  # side at which photos' features are looked for, at least
 
 
@@ -84,21 +92,23 @@ class RetouchConfig(Models):
     half: Half = "right"  # of the picture, that the style draws better
     hair: float = 0.8  # share of the way of its colour to the photo's: 0 as drawn, 1 the photo's
     ground: float = 0.6  # the same of the ground's light and colours
-    strangers: float = 0.25  # share of photos that are drawn with another's hair
+    skin: float = 1.0  # share of the photo's darkness that it gets
+    strangers: float = 0.25  # share of photos that are drawn with another's hair and skin
     size: int | None = None  # side of the drawings in pixels; None: the generator's own
     superres: str = "superres64"  # enlarges to a larger --size: a bundled name or a file
     sharpen: float = 0.6  # share of what is finer than the blur that is added once more
     flatten: int = 4  # passes of the filter that makes areas flat
     eyes: bool = True  # drawn anew; off: as the style draws them
     mouths: bool = True  # drawn anew, like the photo's; off: as the style draws them
+    laughs: int = 3  # times that a drawing with an open mouth is written: few are, none is learnt
     emphasis: float = 0.3  # share as of --sharpen, at last: what is learnt by regression is softer
     overwrite: bool = False  # replace files that exist
 
     def __post_init__(self) -> None:
         ranges = {
-            "of 1 or more": ("images", "size"),
+            "of 1 or more": ("images", "size", "laughs"),
             "of 0 or more": ("sharpen", "flatten", "emphasis"),
-            "from 0 to 1": ("hair", "ground", "strangers"),
+            "from 0 to 1": ("hair", "ground", "skin", "strangers"),
         }
         check_numbers(self, ranges)
         super().__post_init__()
@@ -163,6 +173,18 @@ def ellipse(images: Tensor, centre: tuple[float, float], axes: tuple[float, floa
     return torch.sigmoid(8 * (1 - y[:, None].square() - x.square()))
 
 
+def with_skin(drawings: Tensor, photos: Tensor, share: float) -> Tensor:
+    """Drawings (B, 3, R, R) whose skin is browner where that of photos (B, 3, S, S) is darker than
+    PALE; at a share of 1 as much darker as the photo's."""
+    size = drawings.shape[-1]
+    weights, tints = drawings.new_tensor(LUMA), drawings.new_tensor(BROWN).view(3, 1, 1)
+    light = torch.einsum("c,bcij->bij", weights, median_colour(photos, PHOTO_CHEEKS))[:, None]
+    tone = ((light + 1) / (PALE + 1)).clamp(0.1, 1)
+    skin = like(blurred(drawings, size / 64), median_colour(drawings, CHEEKS), SKIN_REACH)
+    where = faces_and_hair(drawings)[0].maximum(skin * ellipse(drawings, *NECK))
+    return drawings + (drawings + 1) * (tone.pow(share * tints * where) - 1)
+
+
 # -------------------------------------------------------------------------------- ink
 
 
@@ -192,9 +214,10 @@ def flattened(images: Tensor, passes: int) -> Tensor:
 def pairs(
     translator: Translator, photos: Tensor, strange: Tensor, config: RetouchConfig
 ) -> tuple[Tensor, Tensor]:
-    """Photos (B, 3, R, R), and which (B) get hair and the w of the blocks that draw from the one
-    before them -> ws (2 B, L, D) and drawings (2 B, 3, R, R) of each photo, and mirrored."""
-    limit = translator.synthesis.limit
+    """Photos (B, 3, R, R), and which (B) get hair, skin and the w of the blocks that draw from the
+    one before them -> ws (2 B, L, D) and drawings (2 B, 3, R, R) of each photo, and mirrored;
+    those that laugh several times."""
+    limit, times = translator.synthesis.limit, torch.ones(len(photos), dtype=torch.long)
 
     def or_other(x: Tensor) -> Tensor:
         return torch.where(strange.view(-1, *[1] * (x.ndim - 1)), x.roll(1, 0), x)
@@ -211,15 +234,19 @@ def pairs(
     if config.size is not None:
         drawings = translator.enlarge(drawings.clamp(-1, 1), config.size)
     drawings = flattened(sharpened(drawings, config.sharpen), config.flatten)
+    drawings = with_skin(drawings, or_other(photos), config.skin)
     if translator.aligner is not None:
         found = points_of(photos, translator.aligner)
         if config.eyes:
             drawings = with_eyes(drawings, turns_of(*found))
         if config.mouths:
-            drawings = with_mouths(drawings, mouths_of(photos, *found))
+            mouths = mouths_of(photos, *found)
+            drawings = with_mouths(drawings, mouths)
+            times = 1 + (config.laughs - 1) * (mouths.open > OPEN)
     drawings = sharpened(drawings, config.emphasis).clamp(-1, 1)
-    both = torch.stack([drawings, drawings.flip(-1)], dim=1)
-    return torch.stack([ws, mirrored_ws], dim=1).flatten(0, 1), both.flatten(0, 1)
+    made = torch.stack([ws, mirrored_ws], dim=1), torch.stack([drawings, drawings.flip(-1)], dim=1)
+    ws, drawings = (both.repeat_interleave(times, dim=0).flatten(0, 1) for both in made)
+    return ws, drawings
 
 
 def run(config: RetouchConfig) -> None:

@@ -6,8 +6,9 @@
 A style that was trained on few pictures draws eyes as dark spots, and of a turned head one large
 and one small. In an FFHQ crop eyes are always at the same two places, so here they are drawn there:
 a white, an iris that is dark above and light below, a pupil, two lights, an upper lid that is
-thicker outside, a part of the lower one. The iris is blue and goes a little with the hair: colours
-that follow from nothing in the photo are learnt as grey. All of it is soft, for any resolution.
+thicker outside, a part of the lower one. The iris goes with the hair, amber below dark, green below
+brown and blue below fair: colours that follow from nothing in the photo are learnt as grey. All of
+it is soft, for any resolution.
 
 Shape letters: B batch, S side of a crop, R resolution.
 """
@@ -24,7 +25,9 @@ APART, DOWN = 9.3, 31.0  # from the middle; from the top
 HALF_WIDTH, HALF_HEIGHT = 5.0, 4.9
 SKIN, DRAWN_HAIR = (34, 46, 24, 40), (4, 16, 20, 44)  # rows and columns, of drawings
 NARROW, NEAR, SHIFT = 0.35, 0.18, 1.2  # of a profile: the farther eye; how both move
-BLUE, TINT = (-0.36, -0.04, 0.40), 0.5  # of an iris, less its grey; share of the hair's colour
+# an iris's hue in degrees: amber, then green and blue where hair's mean of three channels is higher
+HUE, STEPS, SOFTNESS = 30.0, ((-0.45, 95.0), (-0.1, 90.0)), 0.05
+CHROMA = 0.44  # of an iris: how far its channels are from their mean
 INK, WHITE, SHADE = (-0.72, -0.8, -0.78), (0.93, 0.93, 0.95), 0.35  # the last below the upper lid
 EDGE = 2.0  # how steep edges are, per pixel
 
@@ -130,6 +133,10 @@ def with_eye(
 
 
 def irises(drawings: Tensor) -> Tensor:
-    """(B, 3, R, R) -> (B, 3, 1, 1): a blue, moved by the hair's colour less its grey."""
-    hair = median_colour(drawings, DRAWN_HAIR)
-    return hair.new_tensor(BLUE).view(3, 1, 1) + TINT * (hair - hair.mean(dim=1, keepdim=True))
+    """(B, 3, R, R) -> (B, 3, 1, 1), less their grey."""
+    light = median_colour(drawings, DRAWN_HAIR).mean(dim=1, keepdim=True)
+    hue = torch.full_like(light, HUE)
+    for at, turn in STEPS:
+        hue = hue + turn * torch.sigmoid((light - at) / SOFTNESS)
+    channels = light.new_tensor((0, 120, 240)).view(3, 1, 1)
+    return CHROMA * torch.cos(torch.deg2rad(hue - channels))

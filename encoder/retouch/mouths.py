@@ -33,7 +33,7 @@ GRINS = (0.55, 0.25)  # of the way to the widest: from here on open, within so m
 # in 64ths of the side, x first; colours in [-1, 1]
 PLACE, AROUND = (32.0, 40.5), (9.0, 3.0)  # where the style draws its mouth, and how far from there
 WIPED = (5.0, 3.2)  # half axes of what is wiped out
-HALF_WIDTH, LIFT, DEPTH = (2.6, 5.2), (0.2, 1.8), 3.4  # narrowest and widest; of the opening
+HALF_WIDTH, LIFT, DEPTH = (2.6, 5.2), (0.2, 1.8), 4.0  # narrowest and widest; of the opening
 LINE = 0.55  # half width of a line
 INK, INSIDE = (-0.25, -0.75, -0.75), (0.55, -0.35, -0.35)
 
