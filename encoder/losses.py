@@ -36,6 +36,7 @@ from generators.projected import ProjectedDiscriminator
 from generators.runs import frozen
 
 DISCRIMINATOR_TERMS = ("feature", "feature_mse", "adversarial")
+INNER_FACE = (18, 54, 14, 50)  # rows, columns of an aligned crop in 64ths: from brows to chin
 DISCRIMINATORS = (Discriminator, ProjectedDiscriminator, DcganDiscriminator)
 
 
@@ -51,6 +52,7 @@ class LossWeights:
     ms_ssim: float = 0.0  # 1 - multi-scale structural similarity
     edge: float = 0.0  # mse of the edges
     edge_lpips: float = 0.0  # lpips of the edges
+    face_lpips: float = 0.0  # lpips of brows, eyes, nose and mouth of an aligned face, enlarged
     feature: float = 0.0  # l1 distance in the discriminator's features
     feature_mse: float = 0.0  # squared
     adversarial: float = 0.0  # against the generator's discriminator, which goes on learning
@@ -238,6 +240,21 @@ def _edge_lpips(resources: Resources) -> Term:
     return lambda x: net.distance(features(x.image), x.made("edge_lpips", features))
 
 
+def _face_lpips(resources: Resources) -> Term:
+    net: Any = resources.lpips()
+
+    def features(image: Tensor) -> list[Tensor]:
+        return net.features(inner_face(image))
+
+    return lambda x: net.distance(features(x.image), x.made("face_lpips", features))
+
+
+def inner_face(images: Tensor) -> Tensor:
+    """The inner face of aligned crops (B, 3, R, R), as large as these."""
+    top, bottom, left, right = (round(place * images.shape[-1] / 64) for place in INNER_FACE)
+    return F.interpolate(images[..., top:bottom, left:right], images.shape[-2:], mode="bilinear")
+
+
 def _perceptual(resources: Resources) -> Term:
     net = resources.pyramid()
     return lambda x: perceptual_distance(net(x.image), x.made("perceptual", net))
@@ -297,6 +314,7 @@ TERMS: dict[str, Callable[[Resources], Term]] = {
     "ms_ssim": lambda _: lambda x: 1 - ms_ssim(x.image, x.target, x.mask),
     "edge": lambda _: lambda x: mse(edges(x.image), edges(x.target), x.mask),
     "edge_lpips": _edge_lpips,
+    "face_lpips": _face_lpips,
     "feature": _feature(l1, "feature"),
     "feature_mse": _feature(mse, "feature_mse"),
     "adversarial": _adversarial,

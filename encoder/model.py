@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from encoder.branches import Dense, Detail, Spatial, of_side, pool
 from generators.images import resize
 from generators.latents import from_offsets
 from generators.stylegan2 import SPATIAL_SIDE
-
-FREQUENCIES = 24  # of a picture's width, and of its height, that the dense branch looks at
-DENSE_SIDE = 8  # of the map that it looks at
 
 # what is larger is no encoder but a damaged or hostile file
 MOST = {"resolution": 4096, "num_ws": 64, "w_dim": 8192, "width": 8192, "heads": 1024, "depth": 64,
@@ -38,23 +36,23 @@ class EncoderConfig:
     heads: int = 4  # of attention
     depth: int = 2  # cross-attention layers
     most_tokens: int = 8  # a level's map is pooled to at most this many positions a side
-    input_size: int = 0  # side in pixels to which pictures are enlarged first; 0: R, as they are
+    input_size: int = 0  # side in pixels that the backbone looks at; 0: R, as they are
     shared: bool = False  # all queries together give one w of all layers, each adds to its own
     dense: int = 0  # channels of a map whose every place adds to that w, beside the pixels; 0: none
     spatial: int = 0  # S, channels of the generator's spatial code, of the last of the L rows
     repeated: int = 0  # layers, the last ones, that get the w of the one before them
+    detail: int = 0  # channels of a branch of its own that looks at all R pixels; 0: none
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value}")
-        if self.input_size != 0 and not self.resolution <= self.input_size <= MOST["resolution"]:
+        if not 0 <= self.input_size <= MOST["resolution"]:
             raise ValueError(
-                f"input_size must be 0 or from {self.resolution} to {MOST['resolution']}, "
-                f"not {self.input_size}"
+                f"input_size must be from 0 to {MOST['resolution']}, not {self.input_size}"
             )
-        for name in ("dense", "spatial", "repeated"):
+        for name in ("dense", "spatial", "repeated", "detail"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value <= MOST["width"]:
                 raise ValueError(f"{name} must be a whole number from 0 up, not {value}")
@@ -85,6 +83,11 @@ class EncoderConfig:
     def side(self) -> int:
         """Of what the backbone looks at, in pixels."""
         return self.input_size or self.resolution
+
+    @property
+    def seen(self) -> int:
+        """Side in pixels of what the dense and the spatial branch look at."""
+        return min(self.side, self.resolution)
 
 
 @lru_cache
@@ -156,13 +159,19 @@ class Encoder(nn.Module):
             self.to_shared = nn.Linear(config.found * config.width, config.w_dim)
             nn.init.normal_(self.to_shared.weight, std=0.02 * config.width**-0.5)
             nn.init.zeros_(self.to_shared.bias)
+        sides = [config.side // r for r in backbone.feature_info.reduction()]
         if config.dense:
-            self.dense = Dense(config, channels, backbone.feature_info.reduction())
+            self.dense = Dense(channels, sides, config.seen, config.dense, config.w_dim)
         if config.spatial:
-            self.spatial = Spatial(config, channels, backbone.feature_info.reduction())
+            self.spatial = Spatial(channels, sides, config.seen, config.spatial)
+        if config.detail:
+            self.detail = Detail(
+                config.resolution, config.detail, config.found, config.w_dim, config.spatial
+            )
 
     def forward(self, images: Tensor) -> Tensor:
-        config, images = self.config, resize(images, self.config.resolution)
+        config, whole = self.config, resize(images, self.config.resolution)
+        images = pool(whole, (config.seen,) * 2)
         maps = self.maps(images)
         levels: Any = zip(maps, self.project, self.norms, self.level, strict=True)
         tokens = torch.cat(
@@ -181,23 +190,22 @@ class Encoder(nn.Module):
             offsets = offsets + self.to_shared(q.flatten(1))[:, None]
         if config.dense:
             offsets = offsets + self.dense(images, maps)[:, None]
+        code = self.spatial(images, maps) if config.spatial else None
+        if config.detail:
+            more, more_code = self.detail(whole)
+            offsets = offsets + more
+            code = more_code if code is None else code + more_code
         ws = from_offsets(offsets.float(), self.w_avg.float())
         if config.repeated:
             ws = torch.cat([ws, ws[:, -1:].expand(-1, config.repeated, -1)], dim=1)
-        if config.spatial:
-            code = (
-                self.spatial(images, maps)
-                .float()
-                .reshape(-1, config.num_ws - config.layers, config.w_dim)
-            )
-            ws = torch.cat([ws, code], dim=1)
+        if code is not None:
+            rows = code.float().reshape(-1, config.num_ws - config.layers, config.w_dim)
+            ws = torch.cat([ws, rows], dim=1)
         return ws
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The backbone's levels of images (B, 3, R, R), (B, C, H, W) each, the finest first."""
-        x = images
-        if self.config.input_size:  # so that the last levels, which know most, have more positions
-            x = F.interpolate(images, (self.config.side,) * 2, mode="bilinear")
+        x = of_side(images, self.config.side)  # a larger one gives the last levels more places
         x = (x * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
         return self.backbone(x)
 
@@ -229,98 +237,6 @@ def stop_strides_on_one_pixel(backbone: nn.Module, resolution: int) -> None:
     backbone.train()
     for handle in handles:
         handle.remove()
-
-
-class Dense(nn.Module):
-    """What attention, an average, cannot tell: which pixel lies where. Images (B, 3, R, R) and the
-    backbone's maps -> (B, D), linear in the picture's low frequencies and in one of the maps.
-
-    A face's 256 principal axes, which are nearly its low frequencies, already hold it better than a
-    w+ found by attention. Gradients are scaled as StyleGAN's (Karras et al. 2018, arXiv:1710.10196,
-    section 4.1), the frequencies by the spectrum of pictures.
-    """
-
-    gain = 0.1
-    basis: Tensor
-    scale: Tensor
-
-    def __init__(self, config: EncoderConfig, channels: list[int], reduction: list[int]) -> None:
-        super().__init__()
-        side = min(FREQUENCIES, config.resolution)
-        self.register_buffer("basis", cosines(side, config.resolution), persistent=False)
-        order = torch.arange(side)
-        height = (order[:, None] ** 2 + order**2).sqrt()
-        # pictures in [-1, 1] have a standard deviation of about R / 2 at order 0, falling as 1 / f
-        self.register_buffer("scale", 2 * (1 + height) / config.resolution, persistent=False)
-        large = [i for i, r in enumerate(reduction) if config.side // r >= DENSE_SIDE]
-        self.level = large[-1] if large else 0
-        self.norm = nn.LayerNorm(channels[self.level])
-        self.reduce = nn.Linear(channels[self.level], config.dense)
-        self.pixels = nn.Linear(3 * side**2, config.w_dim)
-        self.places = nn.Linear(DENSE_SIDE**2 * config.dense, config.w_dim, bias=False)
-        for layer in (self.pixels, self.places):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.pixels.bias)
-
-    def forward(self, images: Tensor, maps: list[Tensor]) -> Tensor:
-        low = (self.basis @ images @ self.basis.T) * self.scale  # (B, 3, F, F)
-        tokens = rearrange(pool(maps[self.level], (DENSE_SIDE,) * 2), "b c h w -> b h w c")
-        places = self.reduce(self.norm(tokens))
-        return self.pixels(self.gain * low.flatten(1)) + self.places(self.gain * places.flatten(1))
-
-
-class Spatial(nn.Module):
-    """What one w cannot hold, place by place: images (B, 3, R, R) and the backbone's maps -> the
-    spatial code (B, S, 8, 8) of `generators.stylegan2`."""
-
-    width = 64
-
-    def __init__(self, config: EncoderConfig, channels: list[int], reduction: list[int]) -> None:
-        super().__init__()
-        sides = [config.side // r for r in reduction]
-        self.levels = [i for i, side in enumerate(sides) if 4 <= side <= 4 * SPATIAL_SIDE][-3:]
-        self.reduce = nn.ModuleList()
-        for i in self.levels:
-            step = sides[i] // SPATIAL_SIDE if sides[i] % SPATIAL_SIDE == 0 else 1
-            self.reduce.append(nn.Conv2d(channels[i], self.width, step, step))
-        patch = max(1, config.resolution // SPATIAL_SIDE)
-        self.pixels = nn.Conv2d(3, self.width, patch, patch)
-        self.norm = nn.GroupNorm(8, self.width)
-        self.mix = nn.Conv2d(self.width, self.width, 3, padding=1)
-        self.last = nn.Conv2d(self.width, config.spatial, 3, padding=1)
-        for parameter in self.last.parameters():  # it begins with nothing to add
-            nn.init.zeros_(parameter)
-
-    def forward(self, images: Tensor, maps: list[Tensor]) -> Tensor:
-        parts = [self.pixels(images)]
-        parts += [reduce(maps[i]) for i, reduce in zip(self.levels, self.reduce, strict=True)]
-        x = torch.stack([of_side(part, SPATIAL_SIDE) for part in parts]).sum(dim=0)
-        x = F.silu(self.norm(x))
-        return self.last(x + F.silu(self.mix(x)))
-
-
-def of_side(level: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, side, side): means where it is larger, linear where smaller."""
-    if min(level.shape[-2:]) >= side:
-        return pool(level, (side, side))
-    return F.interpolate(level, (side, side), mode="bilinear")
-
-
-def cosines(count: int, size: int) -> Tensor:
-    """The first rows (F, R) of the orthonormal discrete cosine transform, DCT-II (Ahmed et al.
-    1974)."""
-    places = (torch.arange(size) + 0.5) * torch.pi / size
-    rows = (torch.arange(count)[:, None] * places).cos() * (2 / size) ** 0.5
-    rows[0] *= 0.5**0.5
-    return rows
-
-
-def pool(level: Tensor, size: tuple[int, int]) -> Tensor:
-    """Means (B, C, h, w) over parts of a map (B, C, H, W), of equal parts where they are."""
-    height, width = level.shape[-2:]
-    if height % size[0] == 0 and width % size[1] == 0:  # which exports know
-        return F.avg_pool2d(level, (height // size[0], width // size[1]))
-    return F.adaptive_avg_pool2d(level, size)
 
 
 def tokens_of(level: Tensor, config: EncoderConfig) -> Tensor:

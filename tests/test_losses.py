@@ -24,7 +24,8 @@ from generators.features import FeaturePyramid, perceptual_distance, unit_channe
 
 SIDE = 32
 PIXEL_TERMS = ("mse", "l1", "ms_ssim", "edge")
-NETWORK_TERMS = ("lpips", "edge_lpips", "perceptual", "id", "feature", "feature_mse", "adversarial")
+NETWORK_TERMS = ("lpips", "edge_lpips", "face_lpips", "perceptual", "id", "feature", "feature_mse",
+                 "adversarial")  # fmt: skip
 IMAGE_TERMS = PIXEL_TERMS + NETWORK_TERMS
 
 
@@ -125,7 +126,17 @@ def test_no_terms_give_zero():
 
 
 def test_terms_share_one_network(build):
-    assert list(build("lpips", "edge_lpips").networks) == ["lpips"]
+    assert list(build("lpips", "edge_lpips", "face_lpips").networks) == ["lpips"]
+
+
+def test_face_lpips_is_the_lpips_of_the_inner_face_alone(build):
+    losses, target = build("lpips", "face_lpips"), pictures()
+    outside, inside = target.clone(), target.clone()
+    outside[..., :8, :] = outside[..., :, 26:] = 0.9  # hair, ground
+    inside[..., 14:20, 10:20] = 0.9
+    parts = [losses(image, target)[1] for image in (outside, inside)]
+    assert (parts[0]["face_lpips"] == 0).all() and (parts[0]["lpips"] > 0).all()
+    assert (parts[1]["face_lpips"] > parts[1]["lpips"]).all()  # there it is larger
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 pytest tests/test_train_encoder.py
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -323,6 +324,12 @@ def test_a_training_begins_with_the_weights_of_another(world: Path, tmp_path: Pa
     train(EncoderTrainConfig(**values), cpu=True)
     again = checkpoint.load(tmp_path / "again" / "encoder.safetensors", Encoder)
     assert again.config.dense == 4
+    values |= {"output": tmp_path / "detail", "detail": 16}  # it looks at the generator's size
+    train(EncoderTrainConfig(**values), cpu=True)
+    detail = checkpoint.load(tmp_path / "detail" / "encoder.safetensors", Encoder)
+    assert detail.config == dataclasses.replace(again.config, detail=16)
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, detail.state_dict()[name], atol=1e-6, rtol=1e-4)
     values = options(world, tmp_path / "third", init=str(first), width=24)
     with pytest.raises(ValueError, match="another --backbone, --width or --depth"):
         train(EncoderTrainConfig(**values), cpu=True)
