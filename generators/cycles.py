@@ -18,7 +18,8 @@ from generators.adversarial import least_squares_discriminator_loss, least_squar
 from generators.cyclegan import PicturePool
 from generators.data import PictureStream, first_pictures, random_batch, start_at
 from generators.images import grid, labelled
-from generators.networks import DISCRIMINATORS, CycleganOptions, adam
+from generators.networks import DISCRIMINATORS, adam
+from generators.options import CycleganOptions
 from generators.runs import rows_of_rank, seed_of, step_generator
 from generators.state import LossMeter
 from generators.steps import GeneratorTraining

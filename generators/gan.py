@@ -45,15 +45,8 @@ from generators.distances import Scores
 from generators.features import FeaturePyramid, perceptual_distance
 from generators.images import grid, to_float
 from generators.latents import StyleLimit, mix_styles, read_ws
-from generators.networks import (
-    AdversarialOptions,
-    DcganOptions,
-    RunningMean,
-    StyleGan2Options,
-    adam,
-    kl_to_prior,
-    perceptual_network,
-)
+from generators.networks import RunningMean, adam, kl_to_prior, perceptual_network
+from generators.options import AdversarialOptions, DcganOptions, StyleGan2Options
 from generators.palette import Palette
 from generators.patches import patch_distance
 from generators.projected import ProjectedDiscriminator

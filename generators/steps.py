@@ -21,14 +21,8 @@ from torch import Tensor, nn
 from generators.data import first_pictures, open_dataset, random_batch, start_at
 from generators.images import grid, resize
 from generators.loop import Training
-from generators.networks import (
-    PATCH,
-    GeneratorOptions,
-    SuperresOptions,
-    adam,
-    build,
-    perceptual_network,
-)
+from generators.networks import adam, build, perceptual_network
+from generators.options import PATCH, GeneratorOptions, SuperresOptions
 from generators.runs import rows_of_rank, seed_of, step_generator
 from generators.state import LossMeter, TrainingState
 from generators.superres import patches, superres_terms

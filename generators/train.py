@@ -28,7 +28,7 @@ precision and recall of both). On CPU,
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647` in the environment may make training faster:
 the allocator then keeps its pages.
 
-Options and networks: `generators.networks`; what a step does: `generators.gan`,
+Options: `generators.options`; networks: `generators.networks`; what a step does: `generators.gan`,
 `generators.cycles`, `generators.steps`.
 """
 
@@ -43,7 +43,7 @@ from generators.command import command
 from generators.cycles import CycleganTraining
 from generators.gan import DcganTraining, StyleGan2Training
 from generators.loop import Training, make_accelerator, run
-from generators.networks import (
+from generators.options import (
     CycleganOptions,
     DcganOptions,
     GeneratorOptions,

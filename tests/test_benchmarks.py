@@ -185,6 +185,7 @@ def test_users_errors_are_a_sentence_and_exit_code_2(tmp_path, capsys):
         (latency, ["--repeats", "0"], "--repeats is 0"),
         (latency, ["--output", str(tmp_path)], "is a folder"),
         (quality, ["face64", "--data", str(tmp_path / "none")], "check the path"),
+        (quality, ["face64", "--data", "x", "--encoder", "encoder64"], "give these, too"),
         (superres, ["--data", f"{tmp_path}/none@x"], "needs its resolution"),
         (examples_sheet, [str(tmp_path / "none"), str(tmp_path / "a.png")], "check the path"),
         (generator, ["--reference", str(tmp_path)], "no training/networks.py"),

@@ -19,7 +19,7 @@ from generators import train
 from generators.checkpoint import load, resolve, save
 from generators.constancy import constancy, feature_network, photo_source
 from generators.gan import StyleGan2Training
-from generators.networks import StyleGan2Options
+from generators.options import StyleGan2Options
 from generators.stylegan2 import Generator, GeneratorConfig
 
 PULLED = {"constancy_weight": 1.0, "constancy_levels": (1, 2), "adaptive_weight": 1.0}

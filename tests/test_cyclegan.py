@@ -28,7 +28,7 @@ from generators.cyclegan import (
 from generators.cycles import CycleganTraining
 from generators.data import named_pictures
 from generators.images import open_image, to_tensor
-from generators.networks import CycleganOptions
+from generators.options import CycleganOptions
 from generators.runs import read_checkpoint
 from generators.state import LossMeter
 

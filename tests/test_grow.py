@@ -30,8 +30,9 @@ from generators.blocks import with_resolution
 from generators.curvature import measure
 from generators.images import resize
 from generators.latents import read_ws, write_latents
-from generators.networks import StyleGan2Options, build
+from generators.networks import build
 from generators.ops import upsample2x
+from generators.options import StyleGan2Options
 from generators.stylegan2 import Generator
 from generators.tails import tail_of
 

@@ -24,7 +24,7 @@ from encoder.train import EncoderTrainConfig, EncoderTraining
 from generators import runs
 from generators.gan import StyleGan2Training
 from generators.loop import Signals
-from generators.networks import DcganOptions, StyleGan2Options, SuperresOptions
+from generators.options import DcganOptions, StyleGan2Options, SuperresOptions
 from generators.runs import RunFolder, read_checkpoint
 from generators.state import LossMeter
 

@@ -22,7 +22,8 @@ from generators.dcgan import DcganGenerator
 from generators.discriminator import Discriminator
 from generators.gan import StyleGan2Training
 from generators.latents import StyleLimit
-from generators.networks import DcganOptions, StyleGan2Options, SuperresOptions, build
+from generators.networks import build
+from generators.options import DcganOptions, StyleGan2Options, SuperresOptions
 from generators.palette import Palette
 from generators.projected import ProjectedDiscriminator
 from generators.runs import read_checkpoint
